@@ -1,0 +1,94 @@
+// The seam between the engine and a device.
+//
+// A Backend owns memory and kernels. A Kernel only enqueues work on memory it is given: it
+// allocates nothing, waits for nothing and reads nothing back, so that a plan's steps can be
+// recorded once and replayed.
+#pragma once
+
+#include <cstddef>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "engine/graph.h"
+#include "engine/op.h"
+#include "engine/ops.h"
+
+namespace nibble {
+
+struct Plan;
+
+// One call of an op as a kernel sees it: types, and at run time addresses. in_types of plane types
+// describe memory laid out by planes(type, backend alignment).
+struct OpCall {
+  const Node* node = nullptr;
+  std::array<TensorType, Node::kMaxInputs> in_types;
+  std::array<TensorType, Node::kMaxOutputs> out_types;
+  int n_inputs = 0, n_outputs = 0;
+  std::array<const void*, Node::kMaxInputs> in{};
+  std::array<void*, Node::kMaxOutputs> out{};
+  void* scratch = nullptr;
+
+  template <class T>
+  const T* input(int i) const { return static_cast<const T*>(in[static_cast<std::size_t>(i)]); }
+  template <class T>
+  T* output(int i) const { return static_cast<T*>(out[static_cast<std::size_t>(i)]); }
+  // Ops that update several inputs in place (adamw) write through their inputs.
+  template <class T>
+  T* mutable_input(int i) const {
+    return static_cast<T*>(const_cast<void*>(in[static_cast<std::size_t>(i)]));
+  }
+};
+
+struct BackendInfo {
+  std::string name;         // "cpu", "cuda:0"
+  std::string description;  // for people: processor, instruction set, threads
+  std::int64_t alignment;   // of every buffer and arena offset, bytes
+  std::int64_t plane_alignment;
+};
+
+// A block of backend memory; released on destruction.
+class Buffer {
+ public:
+  virtual ~Buffer() = default;
+  virtual std::byte* data() = 0;  // an address in the backend's own space
+  virtual std::int64_t size() const = 0;
+};
+
+// A compiled plan: runs the same program again and again on fixed addresses. Belongs to one thread
+// at a time.
+class Executable {
+ public:
+  // Called after each node of a checked run; reading the outputs is then allowed.
+  using Hook = std::function<void(std::int32_t node, const OpCall& call, double seconds)>;
+  virtual ~Executable() = default;
+  virtual void run() = 0;
+  virtual void run_checked(const Hook& hook) = 0;
+};
+
+// Addresses of a plan's leaves and of its arena, in the backend's space.
+struct Bindings {
+  std::vector<std::byte*> leaves;  // by node id; null for op nodes
+  std::byte* arena = nullptr;
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  virtual BackendInfo info() const = 0;
+  // Whether this backend has a kernel for the call's op and dtypes.
+  virtual bool supports(const OpCall& call) const = 0;
+  // Bytes of scratch that the kernel wants; a pure function of the call's types and params.
+  virtual std::int64_t scratch_bytes(const OpCall& call) const = 0;
+  virtual std::unique_ptr<Buffer> allocate(std::int64_t bytes, std::string_view purpose) = 0;
+  virtual void upload(std::byte* to, std::span<const std::byte> from) = 0;
+  virtual void download(std::span<std::byte> to, const std::byte* from) = 0;
+  virtual void clear(std::byte* to, std::int64_t bytes) = 0;
+  virtual std::unique_ptr<Executable> compile(const Plan& plan, const Bindings& bindings) = 0;
+};
+
+// The types and params of node `id` as a call without addresses.
+OpCall describe(const Graph& graph, std::int32_t id);
+
+}  // namespace nibble
