@@ -31,7 +31,10 @@ std::optional<DType> dtype_from_name(std::string_view name) {
   return std::nullopt;
 }
 
-Shape::Shape(std::initializer_list<std::int64_t> extents) {
+Shape::Shape(std::initializer_list<std::int64_t> extents)
+    : Shape(std::span<const std::int64_t>(extents.begin(), extents.size())) {}
+
+Shape::Shape(std::span<const std::int64_t> extents) {
   if (extents.size() > extents_.size()) throw ShapeError("a shape has at most 4 extents");
   for (const std::int64_t extent : extents) {
     if (extent < 0) throw ShapeError("a shape has a negative extent");

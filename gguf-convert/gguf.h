@@ -7,8 +7,8 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <map>
+#include <set>
 #include <span>
 #include <string>
 #include <string_view>
@@ -63,6 +63,10 @@ class GgufFile {
 
  private:
   const GgufValue* value(std::string_view key) const;
+  template <typename T>
+  const T* scalar(std::string_view key, const char* wanted) const;
+  template <typename T>
+  const std::vector<T>* array(std::string_view key, const char* wanted) const;
   std::string path_;
   os::MappedFile file_;
   std::vector<std::pair<std::string, GgufValue>> metadata_;
@@ -74,7 +78,8 @@ class GgufFile {
 
 // Writes metadata, then tensors in the order announced, padding between them. Usage: set...(),
 // add() for every tensor, begin(), then for each tensor in order write() its bytes in any number
-// of pieces, then finish(), which renames the file into place.
+// of pieces (no piece spans two tensors), then finish(), which renames the file into place. A call
+// out of that order, a duplicate key or name, or bytes that do not match throw Error.
 class GgufWriter {
  public:
   explicit GgufWriter(const std::string& path, std::uint32_t alignment = 32);
@@ -96,19 +101,23 @@ class GgufWriter {
   std::uint64_t file_bytes() const;  // of the whole file, known once every tensor is added
 
  private:
-  std::string key_head(const std::string& key, std::uint32_t type);
+  void set(const std::string& key, std::uint32_t type, const std::string& encoded);
+  std::string header() const;
+  void pad(std::uint64_t position);
+  void skip_complete();
   os::AtomicFile file_;
   std::uint32_t alignment_;
   std::string metadata_;
-  std::uint64_t metadata_count_ = 0;
+  std::set<std::string> keys_, names_;
   struct Pending {
     std::string name;
     TensorType type;
     std::int64_t bytes;
   };
   std::vector<Pending> tensors_;
-  std::size_t current_ = 0;
-  std::int64_t written_ = 0;
+  bool begun_ = false;
+  std::size_t current_ = 0;   // the tensor being written
+  std::int64_t written_ = 0;  // bytes of it so far
 };
 
 }  // namespace nibble
