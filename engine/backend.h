@@ -82,6 +82,7 @@ class Backend {
   // Bytes of scratch that the kernel wants; a pure function of the call's types and params.
   virtual std::int64_t scratch_bytes(const OpCall& call) const = 0;
   virtual std::unique_ptr<Buffer> allocate(std::int64_t bytes, std::string_view purpose) = 0;
+  virtual std::int64_t allocated_bytes() const = 0;  // by live buffers
   virtual void upload(std::byte* to, std::span<const std::byte> from) = 0;
   virtual void download(std::span<std::byte> to, const std::byte* from) = 0;
   virtual void clear(std::byte* to, std::int64_t bytes) = 0;

@@ -90,8 +90,6 @@ Tensor Graph::append(OpId op, std::span<const Tensor> inputs,
   InferArgs args{compute_, {types.data(), inputs.size()}, node, node.outputs};
   def.infer(args);
   node.n_outputs = static_cast<std::uint8_t>(args.n_outputs);
-  // Gradients flow only through differentiable ops; a state update is not one.
-  if (def.vjp == nullptr) node.needs_grad = false;
   nodes_.push_back(node);
   return {this, size() - 1, 0};
 }
@@ -112,6 +110,10 @@ void Graph::begin_segment(Rung rung) {
   segments_.push_back({rung});
 }
 
+void Graph::require_grad(Tensor leaf) {
+  nodes_[static_cast<std::size_t>(leaf.node)].needs_grad = true;
+}
+
 void Graph::end_segment() { open_segment_ = -1; }
 
 void Graph::keep(Tensor tensor) {
@@ -130,21 +132,19 @@ Ref state_root(const Graph& graph, Ref ref) {
 }
 
 void Graph::check() const {
-  // newest[leaf] = the node that last updated the state.
+  // newest[root] = the node that last updated that memory.
   std::vector<std::int32_t> newest(nodes_.size(), -1);
   for (std::int32_t id = 0; id < size(); ++id) {
+    newest[static_cast<std::size_t>(id)] = id;
     const Node& n = node(id);
-    if (n.kind != NodeKind::op) {
-      newest[static_cast<std::size_t>(id)] = id;
-      continue;
-    }
+    if (n.kind != NodeKind::op) continue;
     for (int i = 0; i < n.n_inputs; ++i) {
       const Ref in = n.inputs[static_cast<std::size_t>(i)];
       const Ref root = state_root(*this, in);
-      if (node(root.node).kind == NodeKind::state &&
-          newest[static_cast<std::size_t>(root.node)] != in.node) {
+      if (in.output == 0 && newest[static_cast<std::size_t>(root.node)] != in.node) {
         throw Error(std::string(op_def(n.op).name) + " (node " + std::to_string(id) +
-                    ") reads an outdated version of state \"" + name(root.node) + "\"");
+                    ") reads an outdated version of %" + std::to_string(root.node) + " \"" +
+                    name(root.node) + "\"");
       }
     }
     const int updated = updated_input(op_def(n.op));

@@ -136,6 +136,9 @@ class Graph {
   void begin_segment(Rung rung);
   void end_segment();
 
+  // Makes append_backward compute the gradient of an input leaf. Call before the leaf is used.
+  void require_grad(Tensor leaf);
+
   // Values that must survive the run, readable by the host afterwards.
   void keep(Tensor tensor);
   std::span<const Ref> kept() const { return kept_; }

@@ -1,0 +1,164 @@
+#include "engine/plan.h"
+
+#include <algorithm>
+
+#include "engine/error.h"
+
+namespace nibble {
+namespace {
+
+std::size_t index(std::int32_t i) { return static_cast<std::size_t>(i); }
+
+class Planner {
+ public:
+  Planner(const Graph& graph, const Backend& backend)
+      : graph_(graph), backend_(backend), alignment_(backend.info().alignment) {}
+
+  Plan run() {
+    graph_.check();
+    plan_.graph = &graph_;
+    plan_.locations.resize(index(graph_.size()));
+    plan_.scratch.assign(index(graph_.size()), -1);
+    find_steps();
+    find_last_reads();
+    for (const std::int32_t id : plan_.steps) assign_storage(id);
+    place_all();
+    return std::move(plan_);
+  }
+
+ private:
+  using PerOutput = std::array<std::int32_t, Node::kMaxOutputs>;
+
+  // Nodes worth running: those that update a state, and all that they and the kept values need.
+  void find_steps() {
+    std::vector<bool> needed(index(graph_.size()));
+    for (const Ref ref : graph_.kept()) needed[index(ref.node)] = true;
+    for (std::int32_t id = graph_.size() - 1; id >= 0; --id) {
+      const Node& n = graph_.node(id);
+      if (n.kind != NodeKind::op) continue;
+      if (updates_state(id)) needed[index(id)] = true;
+      if (!needed[index(id)]) continue;
+      for (int i = 0; i < n.n_inputs; ++i) needed[index(n.inputs[index(i)].node)] = true;
+    }
+    for (std::int32_t id = 0; id < graph_.size(); ++id) {
+      if (graph_.node(id).kind == NodeKind::op) {
+        if (needed[index(id)]) plan_.steps.push_back(id);
+      } else {
+        plan_.locations[index(id)][0] = {Location::Kind::leaf, id, 0};
+      }
+    }
+  }
+
+  bool updates_state(std::int32_t id) const {
+    const Node& n = graph_.node(id);
+    if (updated_input(op_def(n.op)) < 0) return false;
+    return graph_.node(state_root(graph_, {id, 0}).node).kind == NodeKind::state;
+  }
+
+  void find_last_reads() {
+    last_read_.assign(index(graph_.size()), PerOutput{-1, -1, -1});
+    for (const std::int32_t id : plan_.steps) {
+      const Node& n = graph_.node(id);
+      for (int i = 0; i < n.n_inputs; ++i) {
+        const Ref in = n.inputs[index(i)];
+        last_read_[index(in.node)][index(in.output)] = id;
+      }
+    }
+    for (const Ref ref : graph_.kept()) {
+      last_read_[index(ref.node)][index(ref.output)] = graph_.size();
+    }
+    storage_.assign(index(graph_.size()), PerOutput{-1, -1, -1});
+  }
+
+  // Gives each output of node `id` a storage: that of the input it updates or may overwrite, or a
+  // new one. Kernel scratch is a storage that lives for one step.
+  void assign_storage(std::int32_t id) {
+    const Node& n = graph_.node(id);
+    const OpCall call = describe(graph_, id);
+    if (!backend_.supports(call)) throw Unsupported(missing_kernel(call));
+    for (int output = 0; output < n.n_outputs; ++output) {
+      const int reused = output == 0 ? reusable_input(id) : -1;
+      if (reused >= 0) {
+        const Ref in = n.inputs[index(reused)];
+        const Location& from = plan_.at(in);
+        plan_.locations[index(id)][0] = from;
+        storage_[index(id)][0] = storage_[index(in.node)][index(in.output)];
+        if (storage_[index(id)][0] >= 0) extend(storage_[index(id)][0], id, 0);
+        continue;
+      }
+      const std::int64_t size = bytes(n.outputs[index(output)]);
+      storage_[index(id)][index(output)] = static_cast<std::int32_t>(lifetimes_.size());
+      lifetimes_.push_back({std::max<std::int64_t>(size, 1), id, id});
+      extend(storage_[index(id)][index(output)], id, output);
+      plan_.locations[index(id)][index(output)] = {Location::Kind::arena, -1, 0};
+    }
+    const std::int64_t scratch = backend_.scratch_bytes(call);
+    if (scratch > 0) {
+      scratch_storage_.push_back({id, static_cast<std::int32_t>(lifetimes_.size())});
+      lifetimes_.push_back({scratch, id, id});
+    }
+  }
+
+  void extend(std::int32_t storage, std::int32_t id, int output) {
+    Lifetime& life = lifetimes_[index(storage)];
+    life.last = std::max({life.last, id, last_read_[index(id)][index(output)]});
+  }
+
+  // The input whose memory output 0 takes over, or -1.
+  int reusable_input(std::int32_t id) const {
+    const Node& n = graph_.node(id);
+    const OpDef& def = op_def(n.op);
+    const int updated = updated_input(def);
+    if (updated >= 0) return updated;
+    for (int i = 0; i < n.n_inputs; ++i) {
+      if ((def.in_place >> i & 1) == 0) continue;
+      const Ref in = n.inputs[index(i)];
+      if (plan_.at(in).kind != Location::Kind::arena) continue;
+      if (last_read_[index(in.node)][index(in.output)] != id) continue;
+      if (bytes(graph_.type(in)) != bytes(n.outputs[0])) continue;
+      return i;
+    }
+    return -1;
+  }
+
+  void place_all() {
+    const Placement placement = place(lifetimes_, alignment_);
+    plan_.arena_bytes = placement.bytes;
+    plan_.lower_bound_bytes = placement.lower_bound;
+    for (const Lifetime& life : lifetimes_) plan_.unshared_bytes += round_up(life.bytes, alignment_);
+    for (const std::int32_t id : plan_.steps) {
+      for (int output = 0; output < graph_.node(id).n_outputs; ++output) {
+        Location& location = plan_.locations[index(id)][index(output)];
+        if (location.kind == Location::Kind::arena) {
+          location.offset = placement.offsets[index(storage_[index(id)][index(output)])];
+        }
+      }
+    }
+    for (const auto& [id, storage] : scratch_storage_) {
+      plan_.scratch[index(id)] = placement.offsets[index(storage)];
+    }
+  }
+
+  std::string missing_kernel(const OpCall& call) const {
+    std::string types;
+    for (int i = 0; i < call.n_inputs; ++i) {
+      types += (i > 0 ? ", " : "") + std::string(name(call.in_types[index(i)].dtype));
+    }
+    return "backend " + backend_.info().name + " has no kernel for " +
+           std::string(op_def(call.node->op).name) + "(" + types + ")";
+  }
+
+  const Graph& graph_;
+  const Backend& backend_;
+  std::int64_t alignment_;
+  Plan plan_;
+  std::vector<PerOutput> last_read_, storage_;
+  std::vector<Lifetime> lifetimes_;
+  std::vector<std::pair<std::int32_t, std::int32_t>> scratch_storage_;
+};
+
+}  // namespace
+
+Plan make_plan(const Graph& graph, const Backend& backend) { return Planner(graph, backend).run(); }
+
+}  // namespace nibble

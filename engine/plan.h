@@ -1,0 +1,40 @@
+// A Plan says which nodes run, in which order, and where every value lies. It is pure bookkeeping:
+// no memory is touched, and the same graph and backend description always give the same plan.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "engine/backend.h"
+#include "engine/graph.h"
+#include "engine/place.h"
+
+namespace nibble {
+
+// Where a value lies: in the memory of a leaf, or at an offset of the arena, or nowhere because
+// nothing reads it.
+struct Location {
+  enum class Kind : std::uint8_t { none, leaf, arena } kind = Kind::none;
+  std::int32_t leaf = -1;
+  std::int64_t offset = 0;
+};
+
+struct Plan {
+  const Graph* graph = nullptr;
+  std::vector<std::int32_t> steps;                                   // node ids, ascending
+  std::vector<std::array<Location, Node::kMaxOutputs>> locations;    // by node
+  std::vector<std::int64_t> scratch;                                 // by node: arena offset, or -1
+  std::int64_t arena_bytes = 0;
+  std::int64_t lower_bound_bytes = 0;  // no placement can be smaller
+  std::int64_t unshared_bytes = 0;     // if no two values ever shared memory
+
+  const Location& at(Ref ref) const {
+    return locations[static_cast<std::size_t>(ref.node)][static_cast<std::size_t>(ref.output)];
+  }
+};
+
+// Plans `graph` for `backend`. Nodes that neither update a state nor lead to a kept value are left
+// out. Throws Unsupported naming op, dtypes and backend when a kernel is missing.
+Plan make_plan(const Graph& graph, const Backend& backend);
+
+}  // namespace nibble

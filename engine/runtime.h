@@ -1,0 +1,94 @@
+// Programs that share memory: several planned graphs (one per bucket, the optimizer, decoding) run
+// on one arena and see the same weights, parameters and states by name.
+//
+// Life: add() every program, bind() the leaves whose memory the caller owns, then allocate() once.
+// After that nothing is allocated any more; write(), run() and read() only move bytes. Belongs to
+// one thread at a time. The backend must outlive it.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "engine/backend.h"
+#include "engine/plan.h"
+
+namespace nibble {
+
+class Runtime {
+ public:
+  explicit Runtime(Backend& backend) : backend_(backend) {}
+
+  // Plans the graph and returns the program's number.
+  int add(std::unique_ptr<Graph> graph);
+
+  // Gives the leaf `name` of every program an address in the backend's memory.
+  void bind(std::string_view name, std::byte* address);
+
+  // Bytes that allocate() will take from the backend: exactly these, each a multiple of the
+  // backend's alignment. Unbound leaves of one name share memory, sized by the largest.
+  std::int64_t arena_bytes() const;
+  std::int64_t input_bytes() const;
+  std::int64_t state_bytes() const;
+
+  // Allocates arena, inputs and states (cleared), and compiles. Throws Error naming the first
+  // weight or parameter that has no address.
+  void allocate();
+
+  void run(int program) { programs_[static_cast<std::size_t>(program)].executable->run(); }
+  void run_checked(int program, const Executable::Hook& hook) {
+    programs_[static_cast<std::size_t>(program)].executable->run_checked(hook);
+  }
+
+  // Leaves by name. Sizes are checked against the leaf.
+  void write(std::string_view name, std::span<const std::byte> bytes);
+  void read(std::string_view name, std::span<std::byte> bytes) const;
+  template <class T>
+  void write(std::string_view name, std::span<const T> values) {
+    write(name, std::as_bytes(values));
+  }
+  // A kept value of a program's last run.
+  void read(int program, Ref ref, std::span<std::byte> bytes) const;
+
+  const Plan& plan(int program) const { return programs_[static_cast<std::size_t>(program)].plan; }
+  const Graph& graph(int program) const {
+    return *programs_[static_cast<std::size_t>(program)].graph;
+  }
+  Backend& backend() const { return backend_; }
+
+ private:
+  struct Program {
+    std::unique_ptr<Graph> graph;
+    Plan plan;
+    std::unique_ptr<Executable> executable;
+  };
+  struct Leaf {
+    NodeKind kind;
+    std::int64_t bytes = 0;  // largest over the programs
+    std::byte* address = nullptr;
+    bool bound = false;      // by the caller
+  };
+  std::int64_t unbound_bytes(NodeKind kind) const;
+  const Leaf& leaf(std::string_view name, std::size_t bytes) const;
+
+  Backend& backend_;
+  std::vector<Program> programs_;
+  std::map<std::string, Leaf, std::less<>> leaves_;
+  std::map<std::string, std::byte*, std::less<>> bound_;
+  std::unique_ptr<Buffer> arena_, inputs_, states_;
+};
+
+// Values of `outputs` for leaf values given by name, computed by a plan made for this one call: the
+// eager way, for tests and debugging. Floats are widened to F64; feeds are rounded to their leaf's
+// dtype (quantized weights included).
+std::vector<std::vector<double>> eval(Backend& backend, Graph& graph,
+                                      std::span<const Tensor> outputs,
+                                      const std::map<std::string, std::vector<double>>& feeds);
+
+// Host memory of a tensor from F64 values (rounded, quantized) and back.
+std::vector<std::byte> encode(const TensorType& type, std::span<const double> values);
+std::vector<double> decode(const TensorType& type, const std::byte* data);
+
+}  // namespace nibble
