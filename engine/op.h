@@ -55,6 +55,7 @@ struct Sample {
   enum class Role : std::uint8_t {
     activation,  // compute dtype, differentiable
     statistic,   // F32 (F64 in F64), differentiable
+    constant,    // F32 (F64 in F64), not differentiable
     parameter,   // trainable, compute dtype
     weight,      // frozen; the harness runs every storage type whose blocks fit its shape
     state,       // F32 (F64 in F64), updated in place
