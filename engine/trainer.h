@@ -1,0 +1,118 @@
+// The training step, for any model that can append its loss to a graph.
+//
+// A step is k times micro() and one apply(). micro() runs the forward and backward program of its
+// bucket and adds unscaled sums (loss, gradients) to what earlier micros left; apply() divides by
+// the number of label tokens, clips by the global norm, takes an AdamW step over the flat arrays
+// and clears the sums. So k micros and one apply equal one big batch.
+//
+// Everything is planned in the constructor and allocated once in allocate(); fit() says in between
+// what that will take, to the byte. Evaluation runs in the same memory.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "engine/fit.h"
+#include "engine/parameters.h"
+#include "engine/runtime.h"
+#include "engine/state.h"
+
+namespace nibble {
+
+// The inputs of one program, T rows (tokens) of several documents one after the other. Padding rows
+// are documents of one token without label.
+struct LossInputs {
+  Tensor tokens, positions, labels, span_begin;  // I32 [T]; label -1: none
+  Tensor loss_rows;                              // I32 [R], padded with -1
+  Tensor ordinal;                                // I32 [T]: number within the optimizer step
+  Tensor rng;                                    // I64 [2]: seed, optimizer step
+  Rung rung = Rung::store;
+  bool training = true;  // false: no dropout, no gradient follows
+};
+
+// Appends a model's forward pass and returns output 0 of its linear_cross_entropy.
+using BuildLoss = std::function<Tensor(Graph&, const LossInputs&)>;
+
+struct Microbatch {
+  std::vector<std::int32_t> tokens, positions, labels, span_begin, ordinal;  // one per row
+  std::int64_t label_count() const;
+};
+
+struct TrainerOptions {
+  DType compute = DType::F32;
+  Rung rung = Rung::store;
+  std::vector<std::int64_t> buckets = {512};  // rows of a microbatch, ascending
+  double beta1 = 0.9, beta2 = 0.999, eps = 1e-8, clip = 1.0;  // clip 0: none
+  std::uint64_t seed = 0;
+  bool training = true;  // false: evaluation programs only, no gradients and moments
+};
+
+struct StepResult {
+  double loss = 0;       // mean over the step's label tokens
+  double grad_norm = 0;  // of the mean gradient, before clipping
+  std::int64_t tokens = 0;
+};
+
+class Trainer {
+ public:
+  Trainer(Backend& backend, ParameterTable parameters, BuildLoss build_loss,
+          const TrainerOptions& options);
+
+  // For programs that share this trainer's memory (sampling); only before allocate().
+  Runtime& runtime() { return runtime_; }
+  void bind_weight(std::string_view name, std::byte* address) { runtime_.bind(name, address); }
+
+  // Lines of everything but the weights, which belong to the caller.
+  FitReport fit() const;
+  void allocate();
+
+  const ParameterTable& parameters() const { return parameters_; }
+  void set_parameter(std::string_view name, std::span<const float> values);
+  std::vector<float> parameter(std::string_view name) const;  // the master
+  std::vector<float> gradient(std::string_view name) const;   // sums since the last apply()
+
+  void micro(const Microbatch& batch);
+  StepResult apply(double lr);
+  // The loss of every labelled row, in row order. Touches no training state.
+  std::vector<float> evaluate(const Microbatch& batch);
+
+  std::int64_t step() const { return step_; }  // applied so far
+
+  // Parameters, moments and the step; only between steps.
+  void save(StateSink& sink) const;
+  void load(StateSource& source);
+
+  double plan_ratio() const;  // arena over its lower bound, the worst program
+
+ private:
+  struct Program {
+    std::int64_t rows, loss_rows;
+    int number;
+    Ref row_losses;
+  };
+  int add_program(std::int64_t rows, std::int64_t loss_rows, bool training);
+  int add_apply();
+  const Program& write_inputs(const std::vector<Program>& programs, const Microbatch& batch);
+  void bind_leaves();
+  std::int64_t block_table_bytes() const;
+  std::size_t array_element_bytes() const;
+  std::vector<float> read_array(Buffer& array, const ParameterSegment& segment) const;
+  void write_array(Buffer& array, const ParameterSegment& segment, std::span<const float> values);
+
+  Backend& backend_;
+  ParameterTable parameters_;
+  BuildLoss build_loss_;
+  TrainerOptions options_;
+  Runtime runtime_;
+  std::vector<Program> micro_, evaluate_;
+  int apply_ = -1;
+  Ref norm_;  // of the apply program
+  std::unique_ptr<Buffer> master_, copy_, gradient_, first_moment_, second_moment_, block_table_;
+  std::int64_t step_ = 0;
+  std::int64_t tokens_ = 0;  // labels since the last apply
+};
+
+}  // namespace nibble
