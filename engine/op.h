@@ -59,6 +59,7 @@ struct Sample {
     parameter,   // trainable, compute dtype
     weight,      // frozen; the harness runs every storage type whose blocks fit its shape
     state,       // F32 (F64 in F64), updated in place
+    total,       // F64 whatever the compute dtype, updated in place or read
     cache,       // compute dtype, updated in place
     index,       // I32, filled by `indices`
     counter,     // I64, filled by `indices`

@@ -117,16 +117,18 @@ Tensor swiglu(Tensor gate, Tensor up);
 Tensor swiglu_backward(Tensor gate, Tensor up, Tensor dy);
 // y = a + b, same shape and dtype.
 Tensor add(Tensor a, Tensor b);
-// y = x * factor[0]; factor: stat [1].
+// y = x * factor[0]; factor: stat [1], a constant for the gradient.
 Tensor scale(Tensor x, Tensor factor);
 
 struct FillParams {
   double value;
-  TensorType type;
+  std::array<std::int64_t, 4> extents;
+  std::int32_t rank;
+  DType dtype;
 };
-// A constant. With a state to write to, clears it: returns its new version.
+// A constant of type F64, F32 or BF16.
 Tensor fill(Graph& graph, const TensorType& type, double value);
-// acc += x; acc: stat, x the compute dtype, same shape.
+// acc += x; acc: stat, x the compute dtype or stat, same shape.
 Tensor accumulate(Tensor acc, Tensor x);
 
 // -- Loss --------------------------------------------------------------------------------------
