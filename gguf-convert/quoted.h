@@ -1,5 +1,5 @@
 // Text from a file, made fit for a one-line message: quoted, bytes that do not print as \xNN, and
-// cut after 80 bytes.
+// cut after 80 bytes. Call it as nibble::quoted where std::quoted can be found by its argument.
 #pragma once
 
 #include <string>
