@@ -46,6 +46,7 @@ struct BackendInfo {
   std::string description;  // for people: processor, instruction set, threads
   std::int64_t alignment;   // of every buffer and arena offset, bytes
   std::int64_t plane_alignment;
+  bool reads_host_memory;   // leaves may be bound to ordinary host addresses, such as a mapped file
 };
 
 // A block of backend memory; released on destruction.

@@ -12,6 +12,12 @@ void ParameterTable::add(std::string name, std::int64_t rows, std::int64_t cols,
   elements_ += round_up(rows * cols, kParameterBlock);
 }
 
+void ParameterTable::set_weight_decay(float decay) {
+  for (ParameterSegment& s : segments_) {
+    if (s.rows > 1) s.weight_decay = decay;
+  }
+}
+
 const ParameterSegment* ParameterTable::find(std::string_view name) const {
   for (const ParameterSegment& s : segments_) {
     if (s.name == name) return &s;

@@ -28,6 +28,8 @@ class ParameterTable {
   // Appends a segment; rows = 1 for vectors. Names are unique.
   void add(std::string name, std::int64_t rows, std::int64_t cols, float lr_scale = 1,
            float weight_decay = 0);
+  // Sets the decay of every matrix; vectors (norms, biases) are never decayed.
+  void set_weight_decay(float decay);
   const std::vector<ParameterSegment>& segments() const { return segments_; }
   const ParameterSegment* find(std::string_view name) const;  // nullptr: none
   const ParameterSegment& at(std::string_view name) const;    // throws Error naming it

@@ -117,7 +117,7 @@ class CpuBackend final : public Backend {
     return {"cpu",
             std::string(cpu::name(isa_)) + ", " + std::to_string(pool_.threads()) +
                 (pool_.threads() == 1 ? " thread" : " threads"),
-            kAlignment, kHostPlaneAlignment};
+            kAlignment, kHostPlaneAlignment, true};
   }
 
   bool supports(const OpCall& call) const override {

@@ -1,0 +1,144 @@
+#include "models/loader.h"
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <mutex>
+#include <thread>
+
+#include "engine/error.h"
+#include "gguf-convert/convert.h"
+
+namespace nibble {
+namespace {
+
+bool is_quantized(DType dtype) { return is_plane(dtype) || is_block(dtype); }
+
+bool is_rotated(const std::string& name) {
+  return name.find("attn_q.") != std::string::npos || name.find("attn_k.") != std::string::npos;
+}
+
+ConvertOptions convert_options(const LoadOptions& options) {
+  ConvertOptions convert;
+  convert.type = DType::NF4;
+  convert.quant = options.quant;
+  convert.no_quant = options.no_quant;
+  convert.head = options.head;
+  return convert;
+}
+
+}  // namespace
+
+bool LoadedModel::is_converted(const Checkpoint::Tensor& tensor) const {
+  return options_.method == Method::qlora && !is_quantized(tensor.type.dtype) &&
+         !(converted_type(*checkpoint_, tensor, convert_options(options_)) == tensor.type);
+}
+
+LoadedModel::LoadedModel(std::unique_ptr<Checkpoint> checkpoint, const BackendInfo& backend,
+                         const LoadOptions& options)
+    : checkpoint_(std::move(checkpoint)), options_(options), config_(checkpoint_->config()) {
+  // Rows of q and k take the order of converted weights (half) when all of them are converted;
+  // otherwise the stored bytes decide.
+  bool all_rotated_converted = true;
+  for (const Checkpoint::Tensor& t : checkpoint_->tensors()) {
+    if (is_rotated(t.name) && !is_converted(t)) all_rotated_converted = false;
+  }
+  if (all_rotated_converted) config_.rope_style = RopeStyle::half;
+  for (const Checkpoint::Tensor& t : checkpoint_->tensors()) {
+    if (t.name == "rope_freqs.weight") continue;  // part of the config
+    if (options_.method == Method::full && is_quantized(t.type.dtype)) {
+      throw Unsupported(t.file + ": " + t.name + " is " + std::string(name(t.type.dtype)) +
+                        "; --method full trains unquantized models only: convert it with "
+                        "gguf-convert --type bf16, or use --method qlora");
+    }
+    Weight weight{&t, t.type, false, 0};
+    if (is_converted(t)) {
+      weight.type = converted_type(*checkpoint_, t, convert_options(options_));
+      if (is_quantized(weight.type.dtype)) ++converted_;
+    }
+    types_[t.name] = weight.type;
+    if (options_.method == Method::full) continue;
+    const bool reordered =
+        is_rotated(t.name) && config_.rope_style != checkpoint_->config().rope_style;
+    weight.mapped = backend.reads_host_memory && weight.type == t.type && !reordered &&
+                    !checkpoint_->mapped(t).empty();
+    if (weight.mapped) {
+      mapped_bytes_ += bytes(t.type);
+    } else {
+      weight.offset = weight_bytes_;
+      weight_bytes_ += round_up(bytes(weight.type), backend.alignment);
+    }
+    weights_.push_back(weight);
+  }
+  frequencies_offset_ = weight_bytes_;
+  const std::int64_t element = options_.compute == DType::F64 ? 8 : 4;
+  weight_bytes_ += round_up(element * config_.head_dim / 2, backend.alignment);
+}
+
+// Tensors are independent of each other: threads take them one by one, so at most `threads` are
+// held in host memory at a time.
+void LoadedModel::fill(std::byte* base, Backend& backend, const Progress& progress) const {
+  std::atomic<std::size_t> next = 0;
+  std::mutex mutex;
+  std::exception_ptr error;
+  std::int64_t done = 0;
+  const auto work = [&] {
+    std::vector<std::byte> host;
+    for (std::size_t i = next++; i < weights_.size(); i = next++) {
+      const Weight& w = weights_[i];
+      if (w.mapped) continue;
+      try {
+        host.resize(static_cast<std::size_t>(bytes(w.type)));
+        convert_tensor(*checkpoint_, *w.source, w.type, config_.rope_style, host);
+        const std::lock_guard lock(mutex);
+        backend.upload(base + w.offset, host);
+        checkpoint_->forget(*w.source);
+        done += bytes(w.type);
+        if (progress) progress(done, weight_bytes_);
+      } catch (...) {
+        const std::lock_guard lock(mutex);
+        if (!error) error = std::current_exception();
+        next = weights_.size();
+      }
+    }
+  };
+  std::vector<std::thread> threads;
+  for (int i = 1; i < options_.threads; ++i) threads.emplace_back(work);
+  work();
+  for (std::thread& t : threads) t.join();
+  if (error) std::rethrow_exception(error);
+}
+
+void LoadedModel::load(Runtime& runtime, const Llama& model, const Progress& progress) {
+  Backend& backend = runtime.backend();
+  buffer_ = backend.allocate(weight_bytes_, "weights");
+  const DType stat = options_.compute == DType::F64 ? DType::F64 : DType::F32;
+  backend.upload(buffer_->data() + frequencies_offset_,
+                 encode({stat, {config_.head_dim / 2}, {}}, model.rope_frequencies()));
+  runtime.bind("rope_frequencies", buffer_->data() + frequencies_offset_);
+  for (const Weight& w : weights_) {
+    // Weights are never written through their address: the graph has no op that could.
+    std::byte* address =
+        w.mapped ? const_cast<std::byte*>(checkpoint_->mapped(*w.source).data())
+                 : buffer_->data() + w.offset;
+    runtime.bind(w.source->name, address);
+  }
+  fill(buffer_->data(), backend, progress);
+}
+
+void LoadedModel::load_parameters(Trainer& trainer, const Progress& progress) const {
+  std::int64_t done = 0;
+  std::vector<float> values;
+  for (const ParameterSegment& s : trainer.parameters().segments()) {
+    const Checkpoint::Tensor* tensor = checkpoint_->find(s.name);
+    if (tensor == nullptr) throw Error("the checkpoint has no tensor \"" + s.name + "\"");
+    values.resize(static_cast<std::size_t>(s.elements()));
+    checkpoint_->read_f32(*tensor, 0, values);
+    trainer.set_parameter(s.name, values);
+    checkpoint_->forget(*tensor);
+    done += s.elements();
+    if (progress) progress(done, trainer.parameters().trainable());
+  }
+}
+
+}  // namespace nibble

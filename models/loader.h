@@ -1,0 +1,77 @@
+// A checkpoint becoming the weights of a graph: which types they get, what that costs, and the
+// bytes in a backend's memory.
+//
+// Planning reads headers only. On a backend that reads host memory, weights whose stored bytes are
+// what the graph wants are used from the mapped file and cost nothing.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <regex>
+#include <string>
+#include <vector>
+
+#include "engine/runtime.h"
+#include "engine/trainer.h"
+#include "gguf-convert/checkpoint.h"
+#include "models/llama.h"
+
+namespace nibble {
+
+enum class Method {
+  qlora,  // adapters over 4-bit weights: unquantized linears become NF4 while loading
+  lora,   // adapters over the weights as they are
+  full,   // every weight is trained
+};
+
+struct LoadOptions {
+  Method method = Method::qlora;
+  DType compute = DType::F32;
+  QuantParams quant;                   // of NF4
+  std::optional<std::regex> no_quant;  // matrices that stay as they are
+  std::optional<DType> head;
+  int threads = 1;
+};
+
+class LoadedModel {
+ public:
+  // Plans. Throws Unsupported for full finetuning of quantized weights.
+  LoadedModel(std::unique_ptr<Checkpoint> checkpoint, const BackendInfo& backend,
+              const LoadOptions& options);
+
+  const Checkpoint& checkpoint() const { return *checkpoint_; }
+  const ModelConfig& config() const { return config_; }  // with the row order used in memory
+  const std::map<std::string, TensorType>& types() const { return types_; }
+  std::int64_t weight_bytes() const { return weight_bytes_; }  // load() allocates exactly these
+  std::int64_t mapped_bytes() const { return mapped_bytes_; }  // used from the file
+  std::int64_t converted() const { return converted_; }        // tensors quantized while loading
+
+  // Allocates and fills the weights of `model` and binds them. `progress` gets (done, all) bytes.
+  using Progress = std::function<void(std::int64_t, std::int64_t)>;
+  void load(Runtime& runtime, const Llama& model, const Progress& progress);
+  // Full finetuning: the weights become the trainer's parameters.
+  void load_parameters(Trainer& trainer, const Progress& progress) const;
+
+ private:
+  struct Weight {
+    const Checkpoint::Tensor* source;
+    TensorType type;
+    bool mapped;
+    std::int64_t offset;  // in buffer_, unless mapped
+  };
+  bool is_converted(const Checkpoint::Tensor& tensor) const;
+  void fill(std::byte* base, Backend& backend, const Progress& progress) const;
+
+  std::unique_ptr<Checkpoint> checkpoint_;
+  LoadOptions options_;
+  ModelConfig config_;
+  std::map<std::string, TensorType> types_;
+  std::vector<Weight> weights_;
+  std::int64_t weight_bytes_ = 0, mapped_bytes_ = 0, converted_ = 0;
+  std::int64_t frequencies_offset_ = 0;
+  std::unique_ptr<Buffer> buffer_;
+};
+
+}  // namespace nibble
