@@ -7,6 +7,9 @@
 
 namespace nibble {
 
+class GgufFile;
+class GgufWriter;
+
 // Which elements of a head RoPE rotates together. Hugging Face files pair (i, i + d/2); llama GGUF
 // files hold q and k rows permuted so that (2i, 2i + 1) gives the same result.
 enum class RopeStyle { half, adjacent };
@@ -32,6 +35,10 @@ struct ModelConfig {
   double initializer_range = 0.02;  // used by random: models
 };
 
+// Throws FormatError unless every number is positive, within what a llama can sensibly have, and
+// agrees with the others (kv_heads divides heads, head_dim is even).
+void check_config(const ModelConfig& config, const std::string& path);
+
 // Divisors that `scaling` asks for at `head_dim` and `theta`; empty for none.
 std::vector<float> rope_divisors(const RopeScaling& scaling, std::int64_t head_dim, double theta);
 
@@ -41,5 +48,12 @@ ModelConfig config_from_json(const std::string& text, const std::string& path);
 
 // The Hugging Face config.json of `config`, pretty printed.
 std::string config_to_json(const ModelConfig& config, const std::string& dtype);
+
+// The keys of a llama GGUF. Throws Unsupported for another architecture, by name.
+ModelConfig config_from_gguf(const GgufFile& file);
+
+// Sets general.architecture, general.name and the llama.* keys. llama3 scaling is not a key but
+// the tensor rope_freqs.weight, which the caller adds from config.rope_freq_divisors.
+void write_config(const ModelConfig& config, GgufWriter& writer);
 
 }  // namespace nibble

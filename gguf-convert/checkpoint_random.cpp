@@ -1,0 +1,114 @@
+// A checkpoint that exists only as a config.json: weights are drawn, not read, so that speed and
+// memory can be measured at a shape whose weights nobody has to download.
+//
+// Element i of tensor t is N(0, initializer_range) from philox(seed, hash(name of t), i), rounded
+// to BF16; norms are F32 ones. An element depends on nothing else, so any range of any tensor can
+// be made at any time on any thread, and is the same everywhere.
+#include <cmath>
+#include <cstring>
+#include <filesystem>
+
+#include "engine/error.h"
+#include "engine/float16.h"
+#include "engine/os.h"
+#include "engine/philox.h"
+#include "gguf-convert/checkpoint_formats.h"
+
+namespace nibble {
+namespace {
+
+// Both normals of one philox block, with the arithmetic of philox_normal().
+struct NormalPair {
+  float first, second;
+};
+
+NormalPair normal_pair(std::uint64_t key, std::uint64_t stream, std::uint64_t pair) {
+  const PhiloxBlock r =
+      philox(key, {static_cast<std::uint32_t>(pair), static_cast<std::uint32_t>(pair >> 32),
+                   static_cast<std::uint32_t>(stream), static_cast<std::uint32_t>(stream >> 32)});
+  const double radius = std::sqrt(-2.0 * std::log(static_cast<double>(uniform(r[0]))));
+  const double angle = 6.283185307179586 * static_cast<double>(uniform(r[1]));
+  return {static_cast<float>(radius * std::cos(angle)),
+          static_cast<float>(radius * std::sin(angle))};
+}
+
+class RandomCheckpoint final : public Checkpoint {
+ public:
+  RandomCheckpoint(const std::string& path, std::uint64_t seed)
+      : path_(path), config_(config_from_json(os::read_file(path), path)), seed_(seed) {
+    if (config_.name.empty()) config_.name = std::filesystem::path(path).stem().string();
+    for (const TensorSpec& spec : model_tensors(config_)) {
+      const DType dtype = spec.shape.rank() == 1 ? DType::F32 : DType::BF16;
+      tensors_.push_back({spec.name, {dtype, spec.shape, {}}, path});
+    }
+  }
+
+  const ModelConfig& config() const override { return config_; }
+  const std::vector<Tensor>& tensors() const override { return tensors_; }
+  std::span<const std::byte> mapped(const Tensor&) const override { return {}; }
+
+  void read(const Tensor& tensor, std::span<std::byte> out) const override {
+    if (static_cast<std::int64_t>(out.size()) != bytes(tensor.type)) {
+      throw ShapeError(tensor.name + ": wrong size of destination");
+    }
+    std::byte* next = out.data();
+    each(tensor, 0, tensor.type.elements(), [&](float value) {
+      if (tensor.type.dtype == DType::F32) {
+        std::memcpy(next, &value, sizeof value);
+        next += sizeof value;
+      } else {
+        const bf16 rounded = to_bf16(value);
+        std::memcpy(next, &rounded, sizeof rounded);
+        next += sizeof rounded;
+      }
+    });
+  }
+
+  void read_f32(const Tensor& tensor, std::int64_t begin, std::span<float> out) const override {
+    const auto count = static_cast<std::int64_t>(out.size());
+    if (begin < 0 || count > tensor.type.elements() - begin) {
+      throw ShapeError(tensor.name + ": range outside the tensor");
+    }
+    float* next = out.data();
+    each(tensor, begin, count, [&](float value) { *next++ = value; });
+  }
+
+  void forget(const Tensor&) const override {}
+  bool has_tokenizer() const override { return false; }
+  TokenizerSpec tokenizer() const override {
+    throw Unsupported("random:" + path_ + " has no tokenizer");
+  }
+
+ private:
+  template <class Sink>
+  void each(const Tensor& tensor, std::int64_t begin, std::int64_t count, Sink&& sink) const {
+    if (tensor.type.dtype == DType::F32) {
+      for (std::int64_t i = 0; i < count; ++i) sink(1.0f);
+      return;
+    }
+    const auto range = static_cast<float>(config_.initializer_range);
+    const auto emit = [&](float normal) { sink(to_float(to_bf16(range * normal))); };
+    const std::uint64_t stream = hash_name(tensor.name);
+    const auto first = static_cast<std::uint64_t>(begin);
+    const std::uint64_t last = first + static_cast<std::uint64_t>(count);
+    for (std::uint64_t pair = first / 2; 2 * pair < last; ++pair) {
+      const NormalPair normals = normal_pair(seed_, stream, pair);
+      if (2 * pair >= first) emit(normals.first);
+      if (2 * pair + 1 < last) emit(normals.second);
+    }
+  }
+
+  std::string path_;
+  ModelConfig config_;
+  std::uint64_t seed_;
+  std::vector<Tensor> tensors_;
+};
+
+}  // namespace
+
+std::unique_ptr<Checkpoint> open_random_checkpoint(const std::string& config_path,
+                                                   std::uint64_t seed) {
+  return std::make_unique<RandomCheckpoint>(config_path, seed);
+}
+
+}  // namespace nibble
