@@ -1,5 +1,6 @@
-// Reading rows of a tensor as numbers, whatever it is stored as: plain types, NF4 planes, ggml
-// blocks. `linear` and `embedding` are built on this; a new format is one file in decode/.
+// Reading rows of a tensor as numbers, whatever it is stored as: plain types, NF4 and FP4
+// planes, ggml blocks. `linear` and `embedding` are built on this; a new format is one file in
+// decode/.
 //
 // Values are those of nibble::dequantize (engine/quantize.h) bit for bit, on every instruction
 // set. Reading as double widens the F32 value, except for F64 storage, which is exact.
@@ -21,8 +22,9 @@ struct StoredMatrix {
   std::int64_t rows = 0, cols = 0;
   std::int64_t first_row = 0;  // of the tensor at `data`: where row 0 of this view lies
   std::int64_t stride = 0;     // plain types: elements from a row to the next; others: cols
-  // NF4 only.
-  QuantParams quant;
+  // NF4 and FP4 only.
+  std::int64_t block = 0;           // elements that share an absmax
+  const float* codebook = nullptr;  // 16 values
   const std::byte* absmax = nullptr;
   const std::byte* scale = nullptr;  // null without double quantization
   const float* map = nullptr;        // 256 values of the 8-bit absmax
@@ -42,7 +44,7 @@ StoredMatrix plain_matrix(DType dtype, const void* data, std::int64_t rows, std:
                           std::int64_t stride);
 
 // Decodes `count` elements of `row` from column `col` on. Block formats: `col` is a multiple of
-// 32, and so is `count` unless it reaches the row's end. Plain types and NF4: any.
+// 32, and so is `count` unless it reaches the row's end. Other types: any.
 void decode_row(Isa isa, const StoredMatrix& m, std::int64_t row, std::int64_t col,
                 std::int64_t count, float* out);
 void decode_row(Isa isa, const StoredMatrix& m, std::int64_t row, std::int64_t col,

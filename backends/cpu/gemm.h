@@ -67,15 +67,15 @@ void multiply(const GemmContext& context, WeightUse use, std::int64_t rows,
               std::span<const Term> terms, Matrix y, Output output = Output::Overwrite);
 
 // Scratch of multiply for `rows` rows, `outputs` columns of y and reductions of at most `inner`
-// elements over all terms together. The same for every instruction set.
+// elements over all terms together. The same for every instruction set and thread
+// count.
 std::int64_t multiply_scratch_bytes(DType x, DType y, std::int64_t rows, std::int64_t outputs,
-                                    std::int64_t inner, int threads);
+                                    std::int64_t inner);
 
 // dw[n, k] += alpha * sum over t of dy[t, n] * x[t, k], for t < rows. dw is F32 (F64 when dy and x
 // are F64). dy and x may differ (F32, BF16).
 void accumulate_gradient(const GemmContext& context, std::int64_t rows, std::int64_t n,
                          std::int64_t k, ConstMatrix dy, ConstMatrix x, double alpha, Matrix dw);
-std::int64_t gradient_scratch_bytes(DType dw, std::int64_t rows, std::int64_t n, std::int64_t k,
-                                    int threads);
+std::int64_t gradient_scratch_bytes(DType dw, std::int64_t rows, std::int64_t n, std::int64_t k);
 
 }  // namespace nibble::cpu

@@ -1,6 +1,8 @@
 // Which instruction sets this machine has.
 #include "backends/cpu/isa.h"
 
+#include <initializer_list>
+
 namespace nibble::cpu {
 
 bool is_supported(Isa isa) {
