@@ -1,0 +1,381 @@
+// Plans are checked by walking their steps with a map of who owns which addresses: a value that
+// loses an address before its last reader came is found there, whatever the planner thought. On top
+// of that, random programs must compute the same as with every value in memory of its own.
+#include "engine/plan.h"
+
+#include <doctest/doctest.h>
+
+#include <random>
+
+#include "engine/error.h"
+#include "tests/unit/llama_graph.h"
+#include "tests/unit/reference_backend.h"
+
+using namespace nibble;
+
+namespace {
+
+// Addresses of the arena in use, each range with its owner: a value, or the scratch of a step.
+class Owners {
+ public:
+  explicit Owners(const Plan& plan) : plan_(plan), graph_(*plan.graph) {}
+
+  // Empty, or the first thing that is wrong with the plan.
+  std::string check(const Backend& backend) {
+    for (const std::int32_t id : plan_.steps) {
+      const Node& n = graph_.node(id);
+      for (int i = 0; i < n.n_inputs; ++i) {
+        if (!owns(n.inputs[static_cast<std::size_t>(i)])) {
+          return "%" + std::to_string(id) + " reads input " + std::to_string(i) + " too late";
+        }
+      }
+      if (const std::string problem = write_outputs(id, backend); !problem.empty()) {
+        return "%" + std::to_string(id) + " " + problem;
+      }
+    }
+    for (const Ref ref : graph_.kept()) {
+      if (!owns(ref)) return "kept value %" + std::to_string(ref.node) + " is gone at the end";
+    }
+    return {};
+  }
+
+ private:
+  struct Range {
+    std::int64_t begin, end;
+    bool meets(const Range& other) const { return begin < other.end && other.begin < end; }
+  };
+  struct Owned {
+    Range range;
+    Ref owner;
+  };
+
+  Range range_of(Ref ref) const {
+    const std::int64_t offset = plan_.at(ref).offset;
+    return {offset, offset + bytes(graph_.type(ref))};
+  }
+  bool owns(Ref ref) const {
+    const Location& at = plan_.at(ref);
+    if (at.kind == Location::Kind::leaf) return true;
+    if (at.kind == Location::Kind::none) return false;
+    for (const Owned& o : owned_) {
+      if (o.owner == ref) return true;
+    }
+    return false;
+  }
+  // Inputs whose memory output 0 takes over by the op's own rules.
+  bool may_share(const Node& n, int i) const {
+    const OpDef& def = op_def(n.op);
+    return ((def.updates | def.in_place) >> i & 1) != 0;
+  }
+
+  std::string write_outputs(std::int32_t id, const Backend& backend) {
+    const Node& n = graph_.node(id);
+    std::vector<Owned> written;
+    for (int o = 0; o < n.n_outputs; ++o) {
+      const Ref ref{id, o};
+      if (plan_.at(ref).kind == Location::Kind::none) return "has an output without a place";
+      if (plan_.at(ref).kind == Location::Kind::arena) written.push_back({range_of(ref), ref});
+    }
+    const std::int64_t scratch = plan_.scratch[static_cast<std::size_t>(id)];
+    const std::int64_t wanted = backend.scratch_bytes(describe(graph_, id));
+    if ((wanted > 0) != (scratch >= 0)) return "asked for scratch and got none, or the reverse";
+    if (wanted > 0) written.push_back({{scratch, scratch + wanted}, {}});
+    for (std::size_t a = 0; a < written.size(); ++a) {
+      if (written[a].range.end > plan_.arena_bytes) return "writes past the arena";
+      for (std::size_t b = 0; b < a; ++b) {
+        if (written[a].range.meets(written[b].range)) return "writes two things to one place";
+      }
+      if (const std::string problem = overwritten_input(id, written[a]); !problem.empty()) {
+        return problem;
+      }
+    }
+    for (const Owned& w : written) {
+      std::erase_if(owned_, [&](const Owned& o) { return o.range.meets(w.range); });
+    }
+    for (const Owned& w : written) {
+      if (w.owner.node >= 0) owned_.push_back(w);
+    }
+    return {};
+  }
+
+  std::string overwritten_input(std::int32_t id, const Owned& w) const {
+    const Node& n = graph_.node(id);
+    for (int i = 0; i < n.n_inputs; ++i) {
+      const Ref in = n.inputs[static_cast<std::size_t>(i)];
+      if (plan_.at(in).kind != Location::Kind::arena || !w.range.meets(range_of(in))) continue;
+      const bool whole = w.range.begin == range_of(in).begin && w.range.end == range_of(in).end;
+      if (!(w.owner == Ref{id, 0}) || !may_share(n, i) || !whole) {
+        return "overwrites its input " + std::to_string(i);
+      }
+    }
+    return {};
+  }
+
+  const Plan& plan_;
+  const Graph& graph_;
+  std::vector<Owned> owned_;
+};
+
+std::string wrong_with(const Plan& plan, const Backend& backend) {
+  return Owners(plan).check(backend);
+}
+
+// A plan in which no two values share memory: what any plan must compute the same as.
+Plan unshared(const Graph& graph, const Backend& backend) {
+  Plan plan = make_plan(graph, backend);
+  std::int64_t next = 0;
+  for (const std::int32_t id : plan.steps) {
+    const Node& n = graph.node(id);
+    const int updated = updated_input(op_def(n.op));
+    for (int o = 0; o < n.n_outputs; ++o) {
+      Location& at = plan.locations[static_cast<std::size_t>(id)][static_cast<std::size_t>(o)];
+      if (o == 0 && updated >= 0) {
+        at = plan.at(n.inputs[static_cast<std::size_t>(updated)]);
+      } else {
+        at.offset = next;
+        next += round_up(bytes(n.outputs[static_cast<std::size_t>(o)]), 64);
+      }
+    }
+    if (plan.scratch[static_cast<std::size_t>(id)] >= 0) {
+      plan.scratch[static_cast<std::size_t>(id)] = next;
+      next += round_up(backend.scratch_bytes(describe(graph, id)), 64);
+    }
+  }
+  plan.arena_bytes = next;
+  return plan;
+}
+
+std::vector<std::vector<std::byte>> run(const Plan& plan, Backend& backend) {
+  const Graph& graph = *plan.graph;
+  std::vector<std::unique_ptr<Buffer>> buffers;
+  Bindings bindings;
+  bindings.leaves.resize(static_cast<std::size_t>(graph.size()));
+  for (std::int32_t id = 0; id < graph.size(); ++id) {
+    if (graph.node(id).kind == NodeKind::op) continue;
+    const TensorType& type = graph.node(id).outputs[0];
+    std::vector<double> values(static_cast<std::size_t>(type.elements()));
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      values[i] = static_cast<double>(philox_normal(5, static_cast<std::uint64_t>(id), i));
+    }
+    const std::vector<std::byte> contents = encode(type, values);
+    buffers.push_back(backend.allocate(static_cast<std::int64_t>(contents.size()), "leaf"));
+    backend.upload(buffers.back()->data(), contents);
+    bindings.leaves[static_cast<std::size_t>(id)] = buffers.back()->data();
+  }
+  const auto arena = backend.allocate(plan.arena_bytes, "arena");
+  bindings.arena = arena->data();
+  backend.compile(plan, bindings)->run();
+  std::vector<std::vector<std::byte>> results;
+  for (const Ref ref : graph.kept()) {
+    const Location& at = plan.at(ref);
+    const std::byte* from = at.kind == Location::Kind::arena
+                                ? arena->data() + at.offset
+                                : bindings.leaves[static_cast<std::size_t>(at.leaf)];
+    results.emplace_back(static_cast<std::size_t>(bytes(graph.type(ref))));
+    backend.download(results.back(), from);
+  }
+  return results;
+}
+
+// A program of elementwise ops, norms and state updates with several outputs, reuse and dead ends.
+std::unique_ptr<Graph> random_graph(std::mt19937& random) {
+  auto graph = std::make_unique<Graph>(DType::F32);
+  Graph& g = *graph;
+  const auto draw = [&](std::size_t count) {
+    return std::uniform_int_distribution<std::size_t>(0, count - 1)(random);
+  };
+  const TensorType type{DType::F32, {3, static_cast<std::int64_t>(draw(9) + 1)}, {}};
+  const Tensor factors = g.weight("w", {DType::F32, {type.shape[1]}, {}});
+  const Tensor factor = g.input("f", {DType::F32, {1}, {}});
+  std::vector<Tensor> values = {g.input("x0", type), g.input("x1", type)};
+  std::vector<Tensor> states = {g.state("s0", type), fill(g, type, 0.5)};
+  const std::size_t steps = 3 + draw(25);
+  for (std::size_t s = 0; s < steps; ++s) {
+    // Recent values more often than old ones, so that many inputs die where they are read.
+    const auto pick = [&] {
+      return values[values.size() - 1 - draw(std::min<std::size_t>(4, values.size()))];
+    };
+    switch (draw(7)) {
+      case 0:
+        values.push_back(add(pick(), pick()));
+        break;
+      case 1:
+        values.push_back(scale(pick(), factor));
+        break;
+      case 2:
+        values.push_back(swiglu(pick(), pick()));
+        break;
+      case 3:
+        values.push_back(rms_norm(pick(), factors, 1e-5f));
+        break;
+      case 4: {
+        const Tensor both = swiglu_backward(pick(), pick(), pick());
+        values.push_back(both);
+        values.push_back(g.output_of(both, 1));
+        break;
+      }
+      case 5:
+        values.push_back(rms_norm_dx(pick(), factors, pick(), 1e-5f));
+        break;
+      default: {
+        Tensor& state = states[draw(states.size())];
+        state = accumulate(state, pick());
+      }
+    }
+    if (draw(6) == 0) g.keep(values.back());
+  }
+  for (const Tensor& state : states) g.keep(state);
+  g.keep(values.back());
+  return graph;
+}
+
+double megabytes(std::int64_t bytes) { return static_cast<double>(bytes) / (1 << 20); }
+
+}  // namespace
+
+TEST_CASE("random programs: every value is there when it is read, and results are right") {
+  std::mt19937 random(11);
+  ReferenceBackend backend;
+  backend.scratch = [](const OpCall& call) {
+    return call.node->op == OpId::swiglu ? std::int64_t{100} : std::int64_t{0};
+  };
+  int shared = 0;
+  for (int i = 0; i < 1000; ++i) {
+    const auto graph = random_graph(random);
+    const Plan plan = make_plan(*graph, backend);
+    const std::string problem = wrong_with(plan, backend);
+    if (!problem.empty()) FAIL(problem << "\n" << graph->str());
+    shared += plan.arena_bytes < plan.unshared_bytes;
+    CHECK(plan.arena_bytes >= plan.lower_bound_bytes);
+    if (run(plan, backend) != run(unshared(*graph, backend), backend)) {
+      FAIL("sharing memory changes the results of\n" << graph->str());
+    }
+  }
+  CHECK(shared > 500);
+}
+
+TEST_CASE("llama steps are planned soundly at every rung") {
+  ReferenceBackend backend;
+  backend.scratch = [](const OpCall& call) {
+    return call.node->op == OpId::lora_linear ? std::int64_t{1000} : std::int64_t{0};
+  };
+  for (const Rung rung : {Rung::store, Rung::cheap, Rung::block}) {
+    LlamaShape shape;
+    shape.rung = rung;
+    shape.layers = 4;
+    const LlamaGraph llama = llama_training(shape);
+    const Plan plan = make_plan(*llama.graph, backend);
+    CHECK(wrong_with(plan, backend) == "");
+    const Plan again = make_plan(*llama.graph, backend);
+    CHECK(again.arena_bytes == plan.arena_bytes);
+    CHECK(again.steps == plan.steps);
+  }
+}
+
+TEST_CASE("the arena of a 7B training step is close to its lower bound") {
+  ReferenceBackend backend;
+  backend.scratch = [](const OpCall& call) {  // a dequantized weight, as a device would want it
+    const bool wants = call.node->op == OpId::lora_linear || call.node->op == OpId::lora_linear_dx;
+    return wants ? 2 * call.in_types[1].elements() : std::int64_t{0};
+  };
+  LlamaShape shape{.rows = 2048,
+                   .layers = 32,
+                   .heads = 32,
+                   .kv_heads = 32,
+                   .head_dim = 128,
+                   .ffn = 11008,
+                   .vocabulary = 32000,
+                   .rank = 16,
+                   .compute = DType::BF16,
+                   .weights = DType::NF4};
+  std::int64_t stored = 0;
+  for (const Rung rung : {Rung::store, Rung::cheap, Rung::block}) {
+    shape.rung = rung;
+    const LlamaGraph llama = llama_training(shape);
+    const Plan plan = make_plan(*llama.graph, backend);
+    const double ratio =
+        static_cast<double>(plan.arena_bytes) / static_cast<double>(plan.lower_bound_bytes);
+    MESSAGE("rung ", static_cast<int>(rung), ": ", plan.steps.size(), " steps, arena ",
+            megabytes(plan.arena_bytes), " MiB, ", ratio, " of the lower bound, ",
+            megabytes(plan.unshared_bytes), " MiB unshared");
+    CHECK(wrong_with(plan, backend) == "");
+    CHECK(ratio < 1.05);
+    if (rung == Rung::store) stored = plan.arena_bytes;
+    if (rung == Rung::block) CHECK(plan.arena_bytes * 5 < stored);
+  }
+}
+
+TEST_CASE("a chain of in-place ops needs one value's memory") {
+  Graph g;
+  const TensorType type{DType::F32, {16, 16}, {}};
+  const Tensor factor = g.input("f", {DType::F32, {1}, {}});
+  Tensor x = scale(g.input("x", type), factor);
+  for (int i = 0; i < 10; ++i) x = scale(x, factor);
+  g.keep(x);
+  ReferenceBackend backend;
+  const Plan plan = make_plan(g, backend);
+  CHECK(plan.steps.size() == 11);
+  CHECK(plan.arena_bytes == bytes(type));
+  CHECK(plan.lower_bound_bytes == bytes(type));
+}
+
+TEST_CASE("a kept value is not overwritten, a leaf never") {
+  Graph g;
+  const TensorType type{DType::F32, {16, 16}, {}};
+  const Tensor factor = g.input("f", {DType::F32, {1}, {}});
+  const Tensor x = g.input("x", type);
+  const Tensor a = scale(x, factor), b = scale(a, factor);
+  g.keep(a);
+  g.keep(b);
+  ReferenceBackend backend;
+  const Plan plan = make_plan(g, backend);
+  CHECK(plan.arena_bytes == 2 * bytes(type));
+  CHECK(plan.at({x.node, 0}).kind == Location::Kind::leaf);
+  CHECK(plan.at({a.node, 0}).kind == Location::Kind::arena);
+}
+
+TEST_CASE("state versions lie in the memory of their leaf") {
+  Graph g;
+  const TensorType type{DType::F32, {4, 4}, {}};
+  const Tensor s = g.state("s", type), x = g.input("x", type);
+  const Tensor s1 = accumulate(s, x), s2 = accumulate(s1, x);
+  ReferenceBackend backend;
+  const Plan plan = make_plan(g, backend);
+  CHECK(plan.steps == std::vector<std::int32_t>{s1.node, s2.node});  // an update needs no keep()
+  for (const Tensor& t : {s, s1, s2}) {
+    CHECK(plan.at({t.node, 0}).kind == Location::Kind::leaf);
+    CHECK(plan.at({t.node, 0}).leaf == s.node);
+  }
+  CHECK(plan.arena_bytes == 0);
+  accumulate(s1, x);
+  CHECK_THROWS_AS(make_plan(g, backend), Error);
+}
+
+TEST_CASE("nodes that lead nowhere are left out") {
+  Graph g;
+  const TensorType type{DType::F32, {4, 4}, {}};
+  const Tensor x = g.input("x", type);
+  const Tensor used = add(x, x);
+  const Tensor dead = swiglu(used, x);
+  add(dead, dead);
+  g.keep(used);
+  ReferenceBackend backend;
+  backend.missing = OpId::swiglu;  // what is left out needs no kernel
+  const Plan plan = make_plan(g, backend);
+  CHECK(plan.steps == std::vector<std::int32_t>{used.node});
+  CHECK(plan.at({dead.node, 0}).kind == Location::Kind::none);
+}
+
+TEST_CASE("a missing kernel is named with its dtypes and backend") {
+  const LlamaGraph llama = llama_training({});
+  ReferenceBackend backend;
+  backend.missing = OpId::rope;
+  try {
+    make_plan(*llama.graph, backend);
+    FAIL("a plan was made without a kernel");
+  } catch (const Unsupported& e) {
+    const std::string message = e.what();
+    CHECK(message.find("reference") != std::string::npos);
+    CHECK(message.find("rope(F64, I32, F64)") != std::string::npos);
+  }
+}
