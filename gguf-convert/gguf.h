@@ -58,6 +58,11 @@ class GgufFile {
   const std::vector<std::string>* strings(std::string_view key) const;    // nullptr: absent
   const std::vector<std::int64_t>* integers(std::string_view key) const;
   const std::vector<double>* reals(std::string_view key) const;
+  // Where the value of `key` starts in the file, for messages; 0 when there is no such key.
+  std::uint64_t offset(std::string_view key) const {
+    const auto found = keys_.find(key);
+    return found == keys_.end() ? 0 : value_offsets_[found->second];
+  }
   // All metadata in file order, for `inspect`.
   const std::vector<std::pair<std::string, GgufValue>>& metadata() const { return metadata_; }
 
