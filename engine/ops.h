@@ -165,7 +165,8 @@ Tensor sum_squares(Tensor acc, Tensor x);
 Tensor adamw(Tensor master, Tensor m, Tensor v, Tensor grad, Tensor block_table, Tensor scalars,
              Tensor norm);
 
-// target = x rounded to the target's dtype; target: a state. Returns its new version.
+// target = x rounded to the target's dtype; target: a state. Returns its new version. Both are F64,
+// F32 or BF16.
 Tensor convert(Tensor target, Tensor x);
 
 }  // namespace nibble

@@ -70,8 +70,9 @@ void infer_accumulate(InferArgs& args) {
 void infer_convert(InferArgs& args) {
   check::count(args, 2);
   for (const int i : {0, 1}) {
-    if (!is_float(check::in(args, i).dtype)) {
-      check::fail(args, i, i == 0 ? "target" : "x", "F64, F32, BF16 or F16");
+    const DType d = check::in(args, i).dtype;
+    if (d != DType::F64 && d != DType::F32 && d != DType::BF16) {
+      check::fail(args, i, i == 0 ? "target" : "x", "elements of F64, F32 or BF16");
     }
   }
   check::shape(args, 0, "target", check::in(args, 1).shape, "the shape of x");

@@ -258,7 +258,8 @@ std::vector<Sample> samples() {
           sample("frozen adapter", Role::weight, 0, {5, 3, 6, 1}),
           sample("one row", Role::parameter, 0, {1, 33, 256, 16}),
           sample("edge tiles, dropout", Role::parameter, 0.1f, {67, 45, 160, 9}),
-          sample("several chunks, dropout", Role::parameter, 0.5f, {1030, 19, 64, 8})};
+          sample("several chunks, dropout", Role::parameter, 0.5f, {1030, 19, 64, 8}),
+          sample("short last chunk, dropout", Role::parameter, 0.1f, {543, 16, 1024, 4})};
 }
 
 Sample sample_dx(std::string_view label, float p, Dims d) {
@@ -277,7 +278,8 @@ Sample sample_dx(std::string_view label, float p, Dims d) {
 std::vector<Sample> samples_dx() {
   return {sample_dx("tiny", 0, {3, 4, 5, 2}), sample_dx("tiny, dropout", 0.25f, {4, 3, 7, 2}),
           sample_dx("edge tiles", 0, {67, 45, 256, 9}),
-          sample_dx("several chunks, dropout", 0.1f, {1030, 19, 96, 8})};
+          sample_dx("several chunks, dropout", 0.1f, {1030, 19, 96, 8}),
+          sample_dx("short last chunk, dropout", 0.1f, {543, 512, 32, 4})};
 }
 
 Sample sample_da(std::string_view label, float p, Dims d) {

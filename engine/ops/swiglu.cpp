@@ -2,6 +2,7 @@
 //
 //   y = g * s * u          with s = sigmoid(g), g the gate and u the up projection
 //   dg = dy * u * s * (1 + g * (1 - s))          du = dy * g * s
+// 1 - s is sigmoid(-g): the difference of nearly equal numbers would be multiplied by a large g.
 #include <cmath>
 
 #include "engine/ops.h"
@@ -55,7 +56,7 @@ void reference_backward(const ReferenceArgs& args) {
   const std::vector<double>&gate = args.in[0], &up = args.in[1], &dy = args.in[2];
   for (std::size_t i = 0; i < gate.size(); ++i) {
     const double s = sigmoid(gate[i]);
-    args.out[0][i] = dy[i] * up[i] * s * (1 + gate[i] * (1 - s));
+    args.out[0][i] = dy[i] * up[i] * s * (1 + gate[i] * sigmoid(-gate[i]));
     args.out[1][i] = dy[i] * gate[i] * s;
   }
 }
