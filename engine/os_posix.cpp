@@ -244,7 +244,9 @@ AtomicFile::AtomicFile(const std::string& path) : path_(resolve_link(path)) {
     file_ = open_file(path_, O_WRONLY);
     if (file_ < 0) fail_write(path_, errno);
   } else {
-    if (exists && ::access(path_.c_str(), W_OK) != 0) fail_write(path_, errno);
+    if (exists && ::faccessat(AT_FDCWD, path_.c_str(), W_OK, AT_EACCESS) != 0) {
+      fail_write(path_, errno);
+    }
     const std::string name = path_.substr(path_.rfind('/') + 1);
     const std::string stem =
         directory_of(path_) + "/." + name + ".tmp-" + std::to_string(::getpid()) + "-";

@@ -49,7 +49,9 @@ Json parse_object(std::string_view text, const std::string& path, std::uint64_t 
   try {
     json = Json::parse(text.begin(), text.end(), check);
   } catch (const Json::parse_error& error) {
-    throw FormatError(path, begin + error.byte, std::string("this is not JSON: ") + error.what());
+    const std::uint64_t at = error.byte > 0 ? error.byte - 1 : 0;  // it counts from 1
+    throw FormatError(path, begin + std::min<std::uint64_t>(at, text.size()),
+                      std::string("this is not JSON: ") + error.what());
   } catch (const Json::exception& error) {
     throw FormatError(path, begin, std::string("this is not JSON: ") + error.what());
   }
