@@ -20,7 +20,13 @@ class ReferenceBackend final : public Backend {
   OpId missing = OpId::count;                               // no kernel for this op
   std::function<std::int64_t(const OpCall&)> scratch = {};  // bytes, 0 when empty
 
-  BackendInfo info() const override { return {"reference", "F64 on the host", 64, 32}; }
+  BackendInfo info() const override {
+    return {.name = "reference",
+            .description = "F64 on the host",
+            .alignment = 64,
+            .plane_alignment = 32,
+            .reads_host_memory = true};
+  }
   bool supports(const OpCall& call) const override { return call.node->op != missing; }
   std::int64_t scratch_bytes(const OpCall& call) const override {
     return scratch ? scratch(call) : 0;

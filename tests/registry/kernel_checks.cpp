@@ -1,0 +1,170 @@
+#include "engine/error.h"
+#include "engine/plan.h"
+#include "engine/runtime.h"
+#include "tests/registry/guarded_run.h"
+#include "tests/registry/registry.h"
+
+namespace nibble::registry {
+namespace {
+
+using Bytes = std::vector<std::byte>;
+
+// What a run leaves behind: every output, and every leaf (states are updated there).
+struct Result {
+  std::vector<Bytes> outputs, leaves;
+  bool operator==(const Result&) const = default;
+};
+
+Result collect(const GuardedRun& run, const Graph& graph, std::int32_t node) {
+  Result result;
+  for (int o = 0; o < graph.node(node).n_outputs; ++o)
+    result.outputs.push_back(run.value({node, o}));
+  for (std::int32_t id = 0; id < graph.size(); ++id) {
+    if (graph.node(id).kind != NodeKind::op) result.leaves.push_back(run.leaf(id));
+  }
+  return result;
+}
+
+void keep_outputs(Graph& graph, std::int32_t node) {
+  for (int o = 0; o < graph.node(node).n_outputs; ++o) graph.keep(graph.tensor({node, o}));
+}
+
+// Runs the case twice on guarded memory. Appends to `problems`.
+Result run_twice(const OpGraph& built, Backend& backend, const std::vector<Bytes>& inputs,
+                 Problems& problems) {
+  const Plan plan = make_plan(*built.graph, backend);
+  GuardedRun run(backend, plan, inputs);
+  run.run();
+  const Result first = collect(run, *built.graph, built.output.node);
+  if (const std::string damage = run.damage(); !damage.empty()) problems.push_back(damage);
+  run.reset();
+  run.run();
+  if (collect(run, *built.graph, built.output.node) != first) {
+    problems.push_back("the same run again gives other bytes");
+  }
+  return first;
+}
+
+void check_reference(const Case& c, const OpGraph& built, const Result& result,
+                     const std::vector<std::vector<double>>& wanted, WorstRatios& worst,
+                     Problems& problems, double slack = 1) {
+  const Node& node = built.graph->node(built.output.node);
+  for (std::size_t o = 0; o < wanted.size(); ++o) {
+    const TensorType& type = node.outputs[o];
+    const std::vector<double> got = decode(type, result.outputs[o].data());
+    const std::string problem = compare(c, type.dtype, got, wanted[o], worst, slack);
+    if (!problem.empty()) problems.push_back("output " + std::to_string(o) + " " + problem);
+  }
+}
+
+// Output 0 in the memory of each input that it may overwrite.
+void check_in_place(const OpGraph& built, Backend& backend, const std::vector<Bytes>& inputs,
+                    const Result& plain, Problems& problems) {
+  const Node& node = built.graph->node(built.output.node);
+  for (int i = 0; i < node.n_inputs; ++i) {
+    if ((op_def(node.op).in_place >> i & 1) == 0) continue;
+    const Ref in = node.inputs[static_cast<std::size_t>(i)];
+    if (bytes(built.graph->type(in)) != bytes(node.outputs[0])) continue;
+    Plan plan = make_plan(*built.graph, backend);
+    plan.locations[static_cast<std::size_t>(built.output.node)][0] = plan.at(in);
+    GuardedRun run(backend, plan, inputs);
+    run.run();
+    if (collect(run, *built.graph, built.output.node).outputs != plain.outputs) {
+      problems.push_back("in the memory of input " + std::to_string(i) + " it gives other bytes");
+    }
+    if (const std::string damage = run.damage(); !damage.empty()) {
+      problems.push_back("in the memory of input " + std::to_string(i) + " it " + damage);
+    }
+  }
+}
+
+// A recomputing clone of the node gives the node's bytes.
+void check_clone(const Case& c, Backend& backend, const std::vector<Bytes>& inputs,
+                 const Result& plain, Problems& problems) {
+  if (written_inputs(c.op) != 0) return;  // an update is never repeated
+  const OpGraph built = build(c);
+  const Node node = built.graph->node(built.output.node);
+  const std::int32_t clone =
+      built.graph->clone(built.output.node, {node.inputs.data(), node.n_inputs});
+  keep_outputs(*built.graph, built.output.node);
+  keep_outputs(*built.graph, clone);
+  const Plan plan = make_plan(*built.graph, backend);
+  GuardedRun run(backend, plan, inputs);
+  run.run();
+  if (collect(run, *built.graph, clone).outputs != plain.outputs) {
+    problems.push_back("its recomputing clone gives other bytes");
+  }
+}
+
+bool has_kernel(const Case& c, const OpGraph& built, const Target& target, Problems& problems) {
+  if (target.backend->supports(describe(*built.graph, built.output.node))) return true;
+  problems.push_back(c.str() + ": no kernel in " + target.name);
+  return false;
+}
+
+void prefix(Problems& from, const std::string& text, Problems& to) {
+  for (const std::string& problem : from) to.push_back(text + ": " + problem);
+}
+
+void check_case(const Case& c, const std::vector<Family>& families, WorstRatios& worst,
+                Problems& all) {
+  const OpGraph built = build(c);
+  keep_outputs(*built.graph, built.output.node);
+  const Inputs inputs = make_inputs(c);
+  const auto wanted = reference_outputs(*built.graph, built.output.node, inputs.rounded);
+  for (const Family& family : families) {
+    Result first;
+    for (const Target& target : family) {
+      Problems problems;
+      if (!has_kernel(c, built, target, all)) continue;
+      const Result result = run_twice(built, *target.backend, inputs.bytes, problems);
+      if (first.outputs.empty()) {
+        first = result;
+        check_reference(c, built, result, wanted, worst, problems);
+        check_in_place(built, *target.backend, inputs.bytes, result, problems);
+        check_clone(c, *target.backend, inputs.bytes, result, problems);
+      } else if (result != first) {
+        problems.push_back("other bytes than " + family.front().name);
+      }
+      prefix(problems, c.str() + ", " + target.name, all);
+    }
+  }
+}
+
+}  // namespace
+
+Problems check_kernels(OpId op, const std::vector<Family>& families, WorstRatios& worst) {
+  Problems problems;
+  for (const Case& c : cases_of(op)) {
+    try {
+      check_case(c, families, worst, problems);
+    } catch (const Error& e) {
+      problems.push_back(c.str() + ": " + e.what());
+    }
+  }
+  return problems;
+}
+
+Problems compare_backends(OpId op, const Target& candidate, const Target& oracle,
+                          WorstRatios& worst) {
+  Problems all;
+  for (const Case& c : cases_of(op)) {
+    const OpGraph built = build(c);
+    keep_outputs(*built.graph, built.output.node);
+    if (!has_kernel(c, built, candidate, all) || !has_kernel(c, built, oracle, all)) continue;
+    const Inputs inputs = make_inputs(c);
+    Problems problems;
+    const Result result = run_twice(built, *candidate.backend, inputs.bytes, problems);
+    const Result oracle_result = run_twice(built, *oracle.backend, inputs.bytes, problems);
+    const Node& node = built.graph->node(built.output.node);
+    std::vector<std::vector<double>> wanted;
+    for (std::size_t o = 0; o < node.n_outputs; ++o) {
+      wanted.push_back(decode(node.outputs[o], oracle_result.outputs[o].data()));
+    }
+    check_reference(c, built, result, wanted, worst, problems, 2);
+    prefix(problems, c.str() + ", " + candidate.name + " against " + oracle.name, all);
+  }
+  return all;
+}
+
+}  // namespace nibble::registry

@@ -1,0 +1,59 @@
+#include "tests/registry/tolerance.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "engine/error.h"
+
+namespace nibble::registry {
+
+double ulp(DType dtype, double value) {
+  int bits = 0, lowest = 0;  // stored mantissa bits, exponent of the smallest normal number
+  switch (dtype) {
+    case DType::F64:
+      bits = 52, lowest = -1022;
+      break;
+    case DType::F32:
+      bits = 23, lowest = -126;
+      break;
+    case DType::BF16:
+      bits = 7, lowest = -126;
+      break;
+    case DType::F16:
+      bits = 10, lowest = -14;
+      break;
+    default:
+      throw Error("no ulp for " + std::string(name(dtype)));
+  }
+  const int exponent = value == 0 ? lowest : std::max(std::ilogb(value), lowest);
+  return std::ldexp(1.0, exponent - bits);
+}
+
+double tolerance(DType compute, DType out, std::int64_t reduction, double magnitude, double value) {
+  const bool wide = compute == DType::F64 || out == DType::F64;
+  const double eps = wide ? 0x1p-52 : 0x1p-23;
+  return ulp(out, value) +
+         kTermRounding * eps * std::sqrt(static_cast<double>(reduction)) * std::max(magnitude, 1.0);
+}
+
+std::string compare(const Case& c, DType out, std::span<const double> got,
+                    std::span<const double> wanted, WorstRatios& worst, double slack) {
+  if (got.size() != wanted.size()) return "another number of elements than the reference";
+  double magnitude = 0;
+  for (const double v : wanted) magnitude = std::max(magnitude, std::abs(v));
+  for (std::size_t i = 0; i < got.size(); ++i) {
+    const double allowed =
+        slack * tolerance(c.compute, out, c.sample.reduction, magnitude, wanted[i]);
+    const double error = std::abs(got[i] - wanted[i]);
+    if (!(error <= allowed)) {  // NaN fails too
+      return "element " + std::to_string(i) + " is " + std::to_string(got[i]) + ", wanted " +
+             std::to_string(wanted[i]) + ": off by " + std::to_string(error / allowed) +
+             " times the tolerance";
+    }
+    double& ratio = worst[c.compute];
+    ratio = std::max(ratio, error / allowed);
+  }
+  return {};
+}
+
+}  // namespace nibble::registry
