@@ -42,8 +42,10 @@ class BpeEncoder {
   std::string pre_;
   MergeTable merges_;
   std::array<std::int32_t, 256> byte_symbols_{};
-  // Symbols from `vocabulary_` on are merge results that are no tokens; spelled_[i] are the byte
-  // tokens that stand for the i-th (bytes without a token are dropped, as llama.cpp does).
+  // Symbols from `vocabulary_` on are no tokens. Bytes without a token are dropped before merging,
+  // so their neighbours may merge (SmolLM2 lacks some control characters; Hugging Face's tokenizers
+  // does this, llama.cpp drops them afterwards). spelled_[i] are the byte tokens that stand for the
+  // i-th merge result without a token.
   std::int32_t vocabulary_;
   std::vector<std::vector<std::int32_t>> spelled_;
   std::unordered_map<std::string, std::int32_t> extra_symbols_;

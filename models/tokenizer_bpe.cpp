@@ -101,9 +101,11 @@ void BpeEncoder::encode_word(std::string_view word, std::vector<std::int32_t>& s
       return;
     }
   }
-  scratch.resize(word.size());
-  std::transform(word.begin(), word.end(), scratch.begin(),
-                 [&](char c) { return byte_symbols_[static_cast<unsigned char>(c)]; });
+  scratch.clear();
+  for (const char c : word) {
+    const std::int32_t symbol = byte_symbols_[static_cast<unsigned char>(c)];
+    if (symbol < vocabulary_) scratch.push_back(symbol);
+  }
   merges_.merge(scratch);
   for (const std::int32_t s : scratch) {
     if (s < vocabulary_) {
