@@ -14,9 +14,9 @@ struct Block {
 };
 
 // Places in the given order, each at the smallest gap that fits among the blocks alive at the same
-// time. `placed` stays sorted by address. Gives up (returns -1) once `limit` is passed.
-std::int64_t place_in_order(std::span<const Lifetime> lifetimes, std::span<const std::int32_t> order,
-                            std::int64_t alignment, std::int64_t limit,
+// time. `placed` stays sorted by address. Returns the bytes of the whole arena.
+std::int64_t place_in_order(std::span<const Lifetime> lifetimes,
+                            std::span<const std::int32_t> order, std::int64_t alignment,
                             std::vector<std::int64_t>& offsets) {
   std::vector<Block> placed;
   placed.reserve(lifetimes.size());
@@ -37,12 +37,12 @@ std::int64_t place_in_order(std::span<const Lifetime> lifetimes, std::span<const
     }
     const std::int64_t offset = best >= 0 ? best : end;
     peak = std::max(peak, offset + bytes);
-    if (peak >= limit) return -1;
     offsets[static_cast<std::size_t>(id)] = offset;
     const Block block{offset, offset + bytes, life.first, life.last};
-    placed.insert(std::upper_bound(placed.begin(), placed.end(), block,
-                                   [](const Block& a, const Block& b) { return a.begin < b.begin; }),
-                  block);
+    placed.insert(
+        std::upper_bound(placed.begin(), placed.end(), block,
+                         [](const Block& a, const Block& b) { return a.begin < b.begin; }),
+        block);
   }
   return peak;
 }
@@ -61,40 +61,61 @@ std::int64_t maximum_live(std::span<const Lifetime> lifetimes, std::int64_t alig
   return most;
 }
 
+// The searches start from these orders: most first.
+enum class Key { bytes, bytes_times_duration, duration, program_order };
+
+std::vector<std::int32_t> order_by(Key key, std::span<const Lifetime> lifetimes) {
+  const auto value = [&](std::int32_t id) {
+    const Lifetime& life = lifetimes[static_cast<std::size_t>(id)];
+    const auto bytes = static_cast<double>(life.bytes);
+    const double duration = static_cast<double>(life.last) - life.first + 1;
+    switch (key) {
+      case Key::bytes:
+        return bytes;
+      case Key::bytes_times_duration:
+        return bytes * duration;
+      case Key::duration:
+        return duration;
+      case Key::program_order:
+        break;
+    }
+    return -static_cast<double>(life.first);
+  };
+  std::vector<std::int32_t> order(lifetimes.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](std::int32_t a, std::int32_t b) { return value(a) > value(b); });
+  return order;
+}
+
+// Rounds of each search. Training graphs need at most 8 to meet the bound; 4000 random sets come
+// within 0.03 % of it on average with 10 and 0.02 % with 50.
+constexpr int kRounds = 16;
+
 }  // namespace
 
 Placement place(std::span<const Lifetime> lifetimes, std::int64_t alignment) {
   Placement best;
   best.lower_bound = maximum_live(lifetimes, alignment);
   best.offsets.resize(lifetimes.size());
-  std::vector<std::int32_t> order(lifetimes.size());
-  const auto life = [&](std::int32_t id) { return lifetimes[static_cast<std::size_t>(id)]; };
-  const auto duration = [&](std::int32_t id) { return std::int64_t{life(id).last} - life(id).first + 1; };
-  const auto sort_by = [&](auto key) {
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(),
-                     [&](std::int32_t a, std::int32_t b) { return key(a) > key(b); });
-  };
-  bool found = false;
-  const auto attempt = [&] {
-    if (found && best.bytes == best.lower_bound) return;
-    std::vector<std::int64_t> offsets(lifetimes.size());
-    const std::int64_t limit = found ? best.bytes : INT64_MAX;
-    const std::int64_t peak = place_in_order(lifetimes, order, alignment, limit, offsets);
-    if (peak < 0) return;
-    best.bytes = peak;
-    best.offsets = std::move(offsets);
-    found = true;
-  };
-  sort_by([&](std::int32_t id) { return life(id).bytes; });
-  attempt();
-  sort_by([&](std::int32_t id) { return static_cast<double>(life(id).bytes) *
-                                        static_cast<double>(duration(id)); });
-  attempt();
-  sort_by([&](std::int32_t id) { return duration(id); });
-  attempt();
-  sort_by([&](std::int32_t id) { return -std::int64_t{life(id).first}; });  // program order
-  attempt();
+  best.bytes = lifetimes.empty() ? 0 : INT64_MAX;
+  std::vector<std::int64_t> offsets(lifetimes.size());
+  for (const Key key : {Key::bytes, Key::bytes_times_duration, Key::duration, Key::program_order}) {
+    std::vector<std::int32_t> order = order_by(key, lifetimes);
+    for (int round = 0; round < kRounds && best.bytes > best.lower_bound; ++round) {
+      const std::int64_t peak = place_in_order(lifetimes, order, alignment, offsets);
+      if (peak < best.bytes) {
+        best.bytes = peak;
+        best.offsets = offsets;
+      }
+      // What ended above the bound chooses first in the next round.
+      std::stable_partition(order.begin(), order.end(), [&](std::int32_t id) {
+        const std::int64_t bytes = lifetimes[static_cast<std::size_t>(id)].bytes;
+        const std::int64_t end = offsets[static_cast<std::size_t>(id)] + bytes;
+        return round_up(end, alignment) > best.lower_bound;
+      });
+    }
+  }
   return best;
 }
 

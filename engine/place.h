@@ -1,9 +1,11 @@
 // Offline memory placement: lifetimes in, offsets out, nothing else known.
 //
 // A lifetime occupies `bytes` during program steps first..last, both included. Two lifetimes that
-// share a step must not share an address. Finding the smallest arena is NP-hard; several greedy
-// orders are tried and the best result is kept. The maximum over steps of the live bytes bounds any
-// placement from below, and for the training graphs here the best order meets it or comes close.
+// share a step must not share an address. The maximum over steps of the live bytes bounds any
+// placement from below. Finding the smallest arena is NP-hard, so the search is greedy: values are
+// placed one by one in a given order, each in the tightest gap. Several orders are tried; from each
+// a few rounds follow in which values that ended above the bound choose first ("squeaky wheel"
+// optimization, Joslin and Clements 1999). The training graphs here meet the bound.
 #pragma once
 
 #include <cstdint>
