@@ -1,8 +1,8 @@
 // rms_norm and its gradients; the formulas are in engine/ops/rms_norm.cpp.
 //
 // y and dx: tasks are groups of whole rows, two sweeps over a row that stays in cache. dw: one
-// task list finds r of every row, a second sums columns; a task owns a few vectors of columns and
-// walks down the rows, 512 to a tile, so that the order of summation is the row order whatever the
+// task list finds r of every row, a second sums columns; a task owns 256 columns and walks down the
+// rows, 512 to a tile, so that the order of summation is the row order whatever the
 // number of threads. Factors in another type than the arithmetic's are decoded once per call.
 #include "backends/cpu/decode.h"
 #include "backends/cpu/kernel.h"
@@ -112,22 +112,30 @@ std::int64_t inverse_rms_bytes(const OpCall& call, int) {
   return call.in_types[1].shape[0] * info(arithmetic(call.in_types[1].dtype)).block_bytes;
 }
 
-// Adds the columns [begin, begin + lanes) of all rows into acc, tile by tile.
-template <class T, class Lanes>
-[[gnu::always_inline]] inline void sum_columns(Arith<T>* acc, const T* x, const T* dy,
-                                               const Arith<T>* r, std::int64_t rows,
-                                               std::int64_t cols, std::int64_t begin, Lanes lanes) {
-  Vec<T> total = load(acc + begin, lanes);
+// Columns of one task of dw: stretches of a row that are long enough to stream, sums that stay in
+// the first cache.
+constexpr std::int64_t kColumns = 256;
+
+// Adds `count` columns of all rows into acc, tile by tile; the pointers are to the first column.
+template <class T>
+void sum_columns(Arith<T>* acc, const T* x, const T* dy, const Arith<T>* r, std::int64_t rows,
+                 std::int64_t cols, std::int64_t count) {
+  Arith<T> sums[kColumns];
   for (std::int64_t tile = 0; tile < rows; tile += kTile) {
     const std::int64_t end = tile + kTile < rows ? tile + kTile : rows;
-    Vec<T> sum{};
+    for (Arith<T>& sum : sums) sum = 0;
     for (std::int64_t t = tile; t < end; ++t) {
-      const std::int64_t at = t * cols + begin;
-      sum += load(dy + at, lanes) * (load(x + at, lanes) * splat(r[t]));
+      const Vec<T> scale = splat(r[t]);
+      for_vectors<T>(count, [&](std::int64_t i, auto lanes) {
+        const Vec<T> product =
+            load(dy + t * cols + i, lanes) * (load(x + t * cols + i, lanes) * scale);
+        store(sums + i, load(sums + i, lanes) + product, lanes);
+      });
     }
-    total += sum;
+    for_vectors<T>(count, [&](std::int64_t i, auto lanes) {
+      store(acc + i, load(acc + i, lanes) + load(sums + i, lanes), lanes);
+    });
   }
-  store(acc + begin, total, lanes);
 }
 
 template <class T>
@@ -138,12 +146,10 @@ void backward_w(const OpCall& call, ThreadPool& pool) {
   auto* r = static_cast<Arith<T>*>(call.scratch);
   parallel_rows(pool, rows, cols,
                 [&](std::int64_t t) { r[t] = inverse_rms(x + t * cols, cols, eps); });
-  constexpr std::int64_t kColumns = 4 * kLanes<T>;
   pool.parallel_for(task_count(cols, kColumns), [&](std::int64_t task, int) {
     const std::int64_t begin = task * kColumns;
-    for_vectors<T>(task_size(task, cols, kColumns), [&](std::int64_t i, auto lanes) {
-      sum_columns(call.output<Arith<T>>(0), x, dy, r, rows, cols, begin + i, lanes);
-    });
+    sum_columns(call.output<Arith<T>>(0) + begin, x + begin, dy + begin, r, rows, cols,
+                task_size(task, cols, kColumns));
   });
 }
 

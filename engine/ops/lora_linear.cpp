@@ -6,9 +6,10 @@
 //   dx = dy W + m * (du A)      (lora_linear_dx)     dA += du^T (m * x)       (lora_linear_da)
 //
 // One op, so that a backend can run [x | u] [W | scale B]^T as a single product. u is the second
-// output because dB needs it; y is computed from the rounded u, so a recomputed u is the same u.
-// Dropout sits in front of A alone, as in the paper's code; its numbers are drawn anew wherever
-// they are needed (engine/dropout.h).
+// output because dB needs it, and stored on every rung: it is small, and without it the product
+// with W would be repeated for nothing. y is computed from the rounded u, so a recomputed y is the
+// same y. Dropout sits in front of A alone, as in the paper's code; its numbers are drawn anew
+// wherever they are needed (engine/dropout.h).
 #include "engine/dropout.h"
 #include "engine/ops.h"
 #include "engine/ops/check.h"
@@ -302,8 +303,12 @@ std::vector<Sample> samples_da() {
 
 }  // namespace
 
-extern const OpDef lora_linear_op{
-    .name = "lora_linear", .infer = infer, .vjp = vjp, .reference = reference, .samples = samples};
+extern const OpDef lora_linear_op{.name = "lora_linear",
+                                  .infer = infer,
+                                  .vjp = vjp,
+                                  .reference = reference,
+                                  .samples = samples,
+                                  .stored = 0b10};
 extern const OpDef lora_linear_dx_op{
     .name = "lora_linear_dx", .infer = infer_dx, .reference = reference_dx, .samples = samples_dx};
 extern const OpDef lora_linear_da_op{.name = "lora_linear_da",
