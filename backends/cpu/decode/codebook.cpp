@@ -6,6 +6,7 @@
 //
 // codebook_columns feeds x W^T: it transposes 32-bit words of codes, 8 elements each, instead of
 // decoded floats, so that the shuffles are an eighth, and then each lane unpacks its own row.
+#include "backends/cpu/decode/bytes.h"
 #include "backends/cpu/decode/decoders.h"
 #include "backends/cpu/decode/transpose.h"
 
@@ -47,15 +48,6 @@ struct Lookup {
 #endif
 };
 
-using Bytes = std::uint8_t __attribute__((vector_size(kFloatLanes)));
-
-// The first kFloatLanes bytes as 32-bit values.
-[[gnu::always_inline]] inline VecU32 widen_low(__m128i codes) {
-  Bytes bytes;
-  __builtin_memcpy(&bytes, &codes, sizeof bytes);
-  return __builtin_convertvector(bytes, VecU32);
-}
-
 // 32 elements from 16 bytes.
 [[gnu::always_inline]] inline void decode_32(const unsigned char* codes, const Lookup& lookup,
                                              VecF32 scale, float* out) {
@@ -65,15 +57,13 @@ using Bytes = std::uint8_t __attribute__((vector_size(kFloatLanes)));
   const __m128i even = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
   const __m128i odd = _mm_and_si128(bytes, mask);
   const __m128i first = _mm_unpacklo_epi8(even, odd), second = _mm_unpackhi_epi8(even, odd);
-#if NIBBLE_ISA_LEVEL == 2
-  store(out, lookup(widen_low(first)) * scale);
-  store(out + 16, lookup(widen_low(second)) * scale);
-#else
-  store(out, lookup(widen_low(first)) * scale);
-  store(out + 8, lookup(widen_low(_mm_srli_si128(first, 8))) * scale);
-  store(out + 16, lookup(widen_low(second)) * scale);
-  store(out + 24, lookup(widen_low(_mm_srli_si128(second, 8))) * scale);
-#endif
+  std::uint8_t code[32];
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(code), first);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(code + 16), second);
+#pragma GCC unroll 4
+  for (int i = 0; i < 32; i += kFloatLanes) {
+    store(out + i, lookup(reinterpret_cast<VecU32>(widen_bytes(code + i))) * scale);
+  }
 }
 
 #endif

@@ -1,6 +1,7 @@
 // ggml Q4_K and Q5_K: 256 elements in 8 parts of 32, each with a 6-bit scale and minimum packed in
 // 12 bytes. Parts 2c and 2c + 1 are the low and high nibbles of bytes 32c ... 32c + 31; Q5_K's
 // fifth bit of element l of a part is bit `part` of qh[l]. Value (d * scale) * q - dmin * min.
+#include "backends/cpu/decode/bytes.h"
 #include "backends/cpu/decode/decoders.h"
 
 namespace nibble::cpu::NIBBLE_ISA {
@@ -20,22 +21,23 @@ ScaleAndMinimum part_scale(const unsigned char* block, int part) {
 
 void decode_q4_k(const unsigned char* block, int part, float* out) {
   const auto [scale, minimum] = part_scale(block, part);
-  const unsigned char* q = block + 16 + 32 * (part / 2);
+  const unsigned char* packed = block + 16 + 32 * (part / 2);
   const int shift = 4 * (part % 2);
-  for (int l = 0; l < 32; ++l) {
-    out[l] = scale * static_cast<float>(q[l] >> shift & 15) - minimum;
-  }
+  std::uint8_t q[32];
+  for (int l = 0; l < 32; ++l) q[l] = packed[l] >> shift & 15;
+  scale_codes(q, 32, scale, -minimum, out);
 }
 
 void decode_q5_k(const unsigned char* block, int part, float* out) {
   const auto [scale, minimum] = part_scale(block, part);
   const unsigned char* high = block + 16;
-  const unsigned char* q = block + 48 + 32 * (part / 2);
+  const unsigned char* packed = block + 48 + 32 * (part / 2);
   const int shift = 4 * (part % 2);
+  std::uint8_t q[32];
   for (int l = 0; l < 32; ++l) {
-    const int code = (q[l] >> shift & 15) | (high[l] >> part & 1) << 4;
-    out[l] = scale * static_cast<float>(code) - minimum;
+    q[l] = static_cast<std::uint8_t>((packed[l] >> shift & 15) | (high[l] >> part & 1) << 4);
   }
+  scale_codes(q, 32, scale, -minimum, out);
 }
 
 }  // namespace

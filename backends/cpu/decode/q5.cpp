@@ -1,32 +1,32 @@
 // ggml Q5_0 and Q5_1: as Q4_0 and Q4_1, with the fifth bits of the 32 elements in a 32-bit word
 // before the nibbles. Values d * (q - 16) and d * q + m.
+#include "backends/cpu/decode/bytes.h"
 #include "backends/cpu/decode/decoders.h"
 
 namespace nibble::cpu::NIBBLE_ISA {
 namespace {
 
-// The 32 five-bit codes whose word of high bits is at `bits` and nibbles at `nibbles`.
-void unpack(const unsigned char* bits, const unsigned char* nibbles, int (&q)[32]) {
-  std::uint32_t high;
-  __builtin_memcpy(&high, bits, sizeof high);
-  for (int i = 0; i < 16; ++i) {
-    q[i] = (nibbles[i] & 15) | static_cast<int>((high >> i & 1u) << 4);
-    q[i + 16] = (nibbles[i] >> 4) | static_cast<int>((high >> (i + 16) & 1u) << 4);
-  }
+// The 32 five-bit codes, less `bias`, whose word of high bits is at `bits` and nibbles at
+// `nibbles`.
+void unpack(const unsigned char* bits, const unsigned char* nibbles, std::uint8_t bias,
+            std::int8_t (&q)[32]) {
+  auto [low, high] = split_nibbles(nibbles);
+  low = (low | fifth_bits(bits)) - bias;
+  high = (high | fifth_bits(bits + 2)) - bias;
+  __builtin_memcpy(q, &low, sizeof low);
+  __builtin_memcpy(q + 16, &high, sizeof high);
 }
 
 void decode_q5_0(const unsigned char* block, float* out) {
-  const float d = half_at(block);
-  int q[32];
-  unpack(block + 2, block + 6, q);
-  for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(q[i] - 16);
+  std::int8_t q[32];
+  unpack(block + 2, block + 6, 16, q);
+  scale_codes(q, 32, half_at(block), out);
 }
 
 void decode_q5_1(const unsigned char* block, float* out) {
-  const float d = half_at(block), m = half_at(block + 2);
-  int q[32];
-  unpack(block + 4, block + 8, q);
-  for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(q[i]) + m;
+  std::int8_t q[32];
+  unpack(block + 4, block + 8, 0, q);
+  scale_codes(q, 32, half_at(block), half_at(block + 2), out);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // ggml Q6_K: 256 elements in groups of 16 that share a signed 8-bit scale. Part p of 32 elements
 // (half n = p / 4, quarter c = p % 4): low bits are nibble c / 2 of ql[64n + 32(c % 2) + l], high
 // bits are bits 2c, 2c + 1 of qh[32n + l]. Value (d * scale) * (q - 32).
+#include "backends/cpu/decode/bytes.h"
 #include "backends/cpu/decode/decoders.h"
 
 namespace nibble::cpu::NIBBLE_ISA {
@@ -12,13 +13,14 @@ void decode_q6_k(const unsigned char* block, int part, float* out) {
   const unsigned char* high = block + 128 + 32 * half;
   const float d = half_at(block + 208);
   const int low_shift = 4 * (quarter / 2), high_shift = 2 * quarter;
+  std::int8_t q[32];
+  for (int l = 0; l < 32; ++l) {
+    const int code = (low[l] >> low_shift & 15) | (high[l] >> high_shift & 3) << 4;
+    q[l] = static_cast<std::int8_t>(code - 32);
+  }
   for (int s = 0; s < 2; ++s) {
     const auto scale = static_cast<signed char>(block[192 + 8 * half + 2 * quarter + s]);
-    const float step = d * static_cast<float>(scale);
-    for (int l = 16 * s; l < 16 * s + 16; ++l) {
-      const int code = (low[l] >> low_shift & 15) | (high[l] >> high_shift & 3) << 4;
-      out[l] = step * static_cast<float>(code - 32);
-    }
+    scale_codes(q + 16 * s, 16, d * static_cast<float>(scale), out + 16 * s);
   }
 }
 

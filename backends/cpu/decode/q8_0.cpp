@@ -1,14 +1,14 @@
 // ggml Q8_0: 32 elements in 34 bytes: a half d, then signed bytes q. Value d * q.
+#include "backends/cpu/decode/bytes.h"
 #include "backends/cpu/decode/decoders.h"
 
 namespace nibble::cpu::NIBBLE_ISA {
 namespace {
 
 void decode_32(const unsigned char* block, float* out) {
-  const float d = half_at(block);
-  signed char q[32];
+  std::int8_t q[32];
   __builtin_memcpy(q, block + 2, sizeof q);
-  for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(q[i]);
+  scale_codes(q, 32, half_at(block), out);
 }
 
 }  // namespace
