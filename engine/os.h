@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <span>
 #include <string>
 
@@ -61,6 +62,19 @@ std::int64_t peak_resident_bytes();  // of this process so far
 double seconds();                    // monotonic
 bool is_terminal(int descriptor);
 int terminal_columns(int descriptor);  // 80 when unknown
+
+// A shared library that need not be there.
+class Library {
+ public:
+  explicit Library(std::initializer_list<const char*> names);  // the first that loads
+  Library(const Library&) = delete;
+  Library& operator=(const Library&) = delete;
+  ~Library();
+  void* symbol(const char* name) const;  // nullptr: no library, or not in it
+
+ private:
+  void* handle_ = nullptr;
+};
 
 // From then on the first interrupt (Ctrl-C) or termination signal only sets a flag; a second one
 // ends the process with status 130.

@@ -3,6 +3,7 @@
 // Every system call that can be interrupted is repeated, every short write continued, and fsync
 // and close are checked: a full disk may be reported as late as that. Limits of the machine are
 // the smallest of what the hardware, the affinity mask and any enclosing cgroup (v1 or v2) allow.
+#include <dlfcn.h>
 #include <fcntl.h>
 #include <sched.h>
 #include <sys/ioctl.h>
@@ -413,5 +414,20 @@ void catch_interrupt() {
 }
 
 bool interrupted() { return interrupt_seen != 0; }
+
+Library::Library(std::initializer_list<const char*> names) {
+  for (const char* name : names) {
+    handle_ = dlopen(name, RTLD_NOW | RTLD_LOCAL);
+    if (handle_ != nullptr) return;
+  }
+}
+
+Library::~Library() {
+  if (handle_ != nullptr) dlclose(handle_);
+}
+
+void* Library::symbol(const char* name) const {
+  return handle_ == nullptr ? nullptr : dlsym(handle_, name);
+}
 
 }  // namespace nibble::os

@@ -56,12 +56,13 @@ void Runtime::allocate() {
   std::byte* next_input = inputs_->data();
   std::byte* next_state = states_->data();
   for (auto& [name, leaf] : leaves_) {
-    if (const auto found = bound_.find(name); found != bound_.end()) {
+    if (const auto found = bound_.find(name);
+        found != bound_.end() && found->second != nullptr) {
       leaf.address = found->second;
       leaf.bound = true;
       continue;
     }
-    if (leaf.kind != NodeKind::input && leaf.kind != NodeKind::state) {
+    if (bound_.contains(name) || (leaf.kind != NodeKind::input && leaf.kind != NodeKind::state)) {
       throw Error("\"" + name + "\" is read by the program but has no memory bound to it");
     }
     std::byte*& next = leaf.kind == NodeKind::input ? next_input : next_state;

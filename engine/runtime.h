@@ -24,7 +24,8 @@ class Runtime {
   // Plans the graph and returns the program's number.
   int add(std::unique_ptr<Graph> graph);
 
-  // Gives the leaf `name` of every program an address in the backend's memory.
+  // Gives the leaf `name` of every program an address in the backend's memory. With nullptr:
+  // promises one before allocate(), so that the sizes below leave the leaf out.
   void bind(std::string_view name, std::byte* address);
 
   // Bytes that allocate() will take from the backend: exactly these, each a multiple of the

@@ -51,6 +51,7 @@ Trainer::Trainer(Backend& backend, ParameterTable parameters, BuildLoss build_lo
     }
   }
   if (options_.training) apply_ = add_apply();
+  bind_leaves();
 }
 
 int Trainer::add_program(std::int64_t rows, std::int64_t loss_rows, bool training) {
@@ -145,22 +146,27 @@ std::int64_t Trainer::block_table_bytes() const {
          static_cast<std::int64_t>(array_element_bytes());
 }
 
+// Before the arrays exist this promises the addresses; allocate() calls it again to give them.
 void Trainer::bind_leaves() {
   const auto stat = static_cast<std::int64_t>(array_element_bytes());
+  const auto bind = [&](const std::string& name, const std::unique_ptr<Buffer>& array,
+                        std::int64_t offset) {
+    runtime_.bind(name, array ? array->data() + offset : nullptr);
+  };
+  const bool has_copy = options_.compute == DType::BF16;
   for (const ParameterSegment& s : parameters_.segments()) {
-    std::byte* value = copy_ ? copy_->data() + 2 * s.offset : master_->data() + stat * s.offset;
-    runtime_.bind(s.name, value);
-    if (gradient_) runtime_.bind(s.name + ".grad", gradient_->data() + stat * s.offset);
+    bind(s.name, has_copy ? copy_ : master_, (has_copy ? 2 : stat) * s.offset);
+    if (options_.training) bind(s.name + ".grad", gradient_, stat * s.offset);
   }
   if (!options_.training) return;
   for (std::int64_t begin = 0; begin < parameters_.elements(); begin += kParameterPage) {
     const std::string suffix = "." + std::to_string(begin / kParameterPage);
-    runtime_.bind("master" + suffix, master_->data() + stat * begin);
-    runtime_.bind("m" + suffix, first_moment_->data() + stat * begin);
-    runtime_.bind("v" + suffix, second_moment_->data() + stat * begin);
-    runtime_.bind("gradient" + suffix, gradient_->data() + stat * begin);
-    if (copy_) runtime_.bind("copy" + suffix, copy_->data() + 2 * begin);
-    runtime_.bind("blocks" + suffix, block_table_->data() + 2 * stat * (begin / kParameterBlock));
+    bind("master" + suffix, master_, stat * begin);
+    bind("m" + suffix, first_moment_, stat * begin);
+    bind("v" + suffix, second_moment_, stat * begin);
+    bind("gradient" + suffix, gradient_, stat * begin);
+    if (has_copy) bind("copy" + suffix, copy_, 2 * begin);
+    bind("blocks" + suffix, block_table_, 2 * stat * (begin / kParameterBlock));
   }
 }
 

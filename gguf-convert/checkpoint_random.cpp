@@ -74,12 +74,18 @@ class RandomCheckpoint final : public Checkpoint {
   }
 
   void forget(const Tensor&) const override {}
-  bool has_tokenizer() const override { return false; }
+  // The tokenizer that lies beside the configuration, if one does.
+  bool has_tokenizer() const override { return has_tokenizer_files(directory()); }
   TokenizerSpec tokenizer() const override {
-    throw Unsupported("random:" + path_ + " has no tokenizer");
+    if (has_tokenizer()) return tokenizer_from_directory(directory());
+    throw Unsupported("random:" + path_ + " has no tokenizer; one beside it would be used");
   }
 
  private:
+  std::string directory() const {
+    const std::string parent = std::filesystem::path(path_).parent_path().string();
+    return parent.empty() ? "." : parent;
+  }
   template <class Sink>
   void each(const Tensor& tensor, std::int64_t begin, std::int64_t count, Sink&& sink) const {
     if (tensor.type.dtype == DType::F32) {

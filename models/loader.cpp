@@ -77,7 +77,7 @@ LoadedModel::LoadedModel(std::unique_ptr<Checkpoint> checkpoint, const BackendIn
 
 // Tensors are independent of each other: threads take them one by one, so at most `threads` are
 // held in host memory at a time.
-void LoadedModel::fill(std::byte* base, Backend& backend, const Progress& progress) const {
+void LoadedModel::read(Backend& backend, const Progress& progress) const {
   std::atomic<std::size_t> next = 0;
   std::mutex mutex;
   std::exception_ptr error;
@@ -91,7 +91,7 @@ void LoadedModel::fill(std::byte* base, Backend& backend, const Progress& progre
         host.resize(static_cast<std::size_t>(bytes(w.type)));
         convert_tensor(*checkpoint_, *w.source, w.type, config_.rope_style, host);
         const std::lock_guard lock(mutex);
-        backend.upload(base + w.offset, host);
+        backend.upload(buffer_->data() + w.offset, host);
         checkpoint_->forget(*w.source);
         done += bytes(w.type);
         if (progress) progress(done, weight_bytes_);
@@ -109,7 +109,7 @@ void LoadedModel::fill(std::byte* base, Backend& backend, const Progress& progre
   if (error) std::rethrow_exception(error);
 }
 
-void LoadedModel::load(Runtime& runtime, const Llama& model, const Progress& progress) {
+void LoadedModel::reserve(Runtime& runtime, const Llama& model) {
   Backend& backend = runtime.backend();
   buffer_ = backend.allocate(weight_bytes_, "weights");
   const DType stat = options_.compute == DType::F64 ? DType::F64 : DType::F32;
@@ -123,7 +123,6 @@ void LoadedModel::load(Runtime& runtime, const Llama& model, const Progress& pro
                  : buffer_->data() + w.offset;
     runtime.bind(w.source->name, address);
   }
-  fill(buffer_->data(), backend, progress);
 }
 
 void LoadedModel::load_parameters(Trainer& trainer, const Progress& progress) const {

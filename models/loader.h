@@ -48,9 +48,11 @@ class LoadedModel {
   std::int64_t mapped_bytes() const { return mapped_bytes_; }  // used from the file
   std::int64_t converted() const { return converted_; }        // tensors quantized while loading
 
-  // Allocates and fills the weights of `model` and binds them. `progress` gets (done, all) bytes.
+  // Allocates the weights of `model` and binds them; reads nothing yet.
+  void reserve(Runtime& runtime, const Llama& model);
+  // Fills what reserve() allocated. `progress` gets (done, all) bytes.
   using Progress = std::function<void(std::int64_t, std::int64_t)>;
-  void load(Runtime& runtime, const Llama& model, const Progress& progress);
+  void read(Backend& backend, const Progress& progress) const;
   // Full finetuning: the weights become the trainer's parameters.
   void load_parameters(Trainer& trainer, const Progress& progress) const;
 
@@ -62,7 +64,6 @@ class LoadedModel {
     std::int64_t offset;  // in buffer_, unless mapped
   };
   bool is_converted(const Checkpoint::Tensor& tensor) const;
-  void fill(std::byte* base, Backend& backend, const Progress& progress) const;
 
   std::unique_ptr<Checkpoint> checkpoint_;
   LoadOptions options_;

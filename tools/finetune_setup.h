@@ -1,0 +1,63 @@
+// Everything about a finetuning run that is decided before a weight is read: the same code serves
+// `nibble finetune`, `nibble fit` and `nibble bench train`.
+#pragma once
+
+#include <iosfwd>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/trainer.h"
+#include "models/dataset.h"
+#include "models/generate.h"
+#include "models/loader.h"
+#include "models/packing.h"
+#include "tools/recipe.h"
+
+namespace nibble {
+
+struct FinetuneSetup {
+  Recipe recipe;  // with every default filled in
+  std::unique_ptr<Backend> backend;
+  std::unique_ptr<LoadedModel> loaded;
+  std::unique_ptr<Tokenizer> tokenizer;  // null: only lengths matter (random weights)
+  Dataset dataset;
+  std::vector<Row> train, held_out, samples;
+  std::unique_ptr<Schedule> schedule;
+  std::vector<std::int64_t> buckets;
+  std::unique_ptr<Llama> llama;
+  std::unique_ptr<Trainer> trainer;
+  std::unique_ptr<Decoder> decoder;
+  FitReport fit;
+  std::int64_t total_parameters = 0;
+
+  bool trains_weights() const { return recipe.method == "full"; }
+};
+
+// Opens headers and data, resolves every default and plans all programs. Prints what was found to
+// `log`. Nothing of the size of the model is allocated or read.
+FinetuneSetup set_up(const Recipe& recipe, std::ostream& log);
+
+// The parts of set_up() that do not need data: backend and model headers, then the programs for
+// setup.buckets and, with sample_context > 0, for decoding.
+void open_setup_model(FinetuneSetup& setup);
+void plan_model(FinetuneSetup& setup, std::int64_t sample_context);
+
+// Reserves all memory, then reads the weights.
+void reserve_and_read(FinetuneSetup& setup, const LoadedModel::Progress& progress);
+
+// HF or GGUF names or a regular expression to the linears of a block; throws Error naming what
+// there is.
+std::vector<std::string> resolve_targets(const std::vector<std::string>& targets);
+
+std::unique_ptr<Backend> open_backend(const std::string& name, int threads,
+                                      std::int64_t memory_limit);
+DType compute_dtype(const std::string& name);
+
+// Fits or not, line by line.
+void print_fit(const FitReport& fit, std::ostream& out);
+
+// Fills the adapter: A uniform in +-1/sqrt(in) from the seed, B zero.
+void initialize_adapter(Trainer& trainer, std::uint64_t seed);
+
+}  // namespace nibble

@@ -1,0 +1,116 @@
+// The program `nibble`: one sub-command each, their flags declared where the command lives. Exit
+// codes: 0 done, 1 it failed, 2 wrong usage, 130 interrupted.
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <functional>
+#include <iostream>
+#include <numeric>
+
+#include "engine/error.h"
+#include "engine/os.h"
+#include "tools/bench.h"
+#include "tools/finetune.h"
+#include "tools/inspect.h"
+#include "tools/sampling.h"
+#include "tools/tokens.h"
+
+#ifndef NIBBLE_VERSION
+#define NIBBLE_VERSION "unknown"
+#endif
+
+namespace {
+
+using namespace nibble;
+
+std::size_t edit_distance(const std::string& a, const std::string& b) {
+  std::vector<std::size_t> row(b.size() + 1);
+  std::iota(row.begin(), row.end(), std::size_t{0});
+  for (std::size_t i = 1; i <= a.size(); ++i) {
+    std::size_t diagonal = row[0];
+    row[0] = i;
+    for (std::size_t j = 1; j <= b.size(); ++j) {
+      const std::size_t replaced = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
+      diagonal = row[j];
+      row[j] = std::min({row[j] + 1, row[j - 1] + 1, replaced});
+    }
+  }
+  return row.back();
+}
+
+// The known word nearest to the first unknown flag or command on the command line.
+std::string suggestion(const CLI::App& app, int argc, char** argv) {
+  std::vector<std::string> commands, flags;
+  const CLI::App* command = &app;
+  for (const CLI::App* sub : app.get_subcommands({})) {
+    commands.push_back(sub->get_name());
+    if (argc > 1 && sub->get_name() == argv[1]) command = sub;
+  }
+  for (const CLI::Option* option : command->get_options()) {
+    for (const std::string& name : option->get_lnames()) flags.push_back("--" + name);
+  }
+  const auto nearest = [](const std::string& word, const std::vector<std::string>& known) {
+    return *std::min_element(known.begin(), known.end(), [&](const auto& x, const auto& y) {
+      return edit_distance(word, x) < edit_distance(word, y);
+    });
+  };
+  if (command == &app && argc > 1 && argv[1][0] != '-') {
+    return "; did you mean nibble " + nearest(argv[1], commands) + "?";
+  }
+  for (int i = 1; i < argc; ++i) {
+    const std::string flag = std::string(argv[i]).substr(0, std::string(argv[i]).find('='));
+    if (flag.size() < 3 || flag.compare(0, 2, "--") != 0) continue;
+    if (std::find(flags.begin(), flags.end(), flag) == flags.end()) {
+      return "; did you mean " + nearest(flag, flags) + "?";
+    }
+  }
+  return command == &app ? "; see nibble --help" : "; see nibble " + command->get_name() + " --help";
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app("Nibble finetunes large language models in 4 bits (QLoRA).", "nibble");
+  app.set_version_flag("--version", std::string("nibble ") + NIBBLE_VERSION);
+  app.require_subcommand(1);
+  app.get_formatter()->column_width(44);
+  std::function<int()> run;
+  const auto command = [&](const char* name, const char* help, auto& request, auto add, auto call) {
+    CLI::App* sub = app.add_subcommand(name, help);
+    add(*sub, request);
+    sub->callback([&run, &request, call] { run = [&request, call] { return call(request); }; });
+  };
+  Recipe finetune_recipe, fit_recipe;
+  SamplingRequest generate_request, chat_request;
+  InspectRequest inspect_request;
+  TokensRequest tokens_request;
+  BenchRequest bench_request;
+  command("finetune", "Finetune a model on rows of data", finetune_recipe, add_recipe_flags,
+          [](const Recipe& r) { return finetune(r, std::cout, std::cerr); });
+  command("fit", "Say what a finetune with the same flags will use", fit_recipe, add_recipe_flags,
+          [](const Recipe& r) { return fit(r, std::cout, std::cerr); });
+  command("generate", "Continue a prompt", generate_request, add_generate_flags,
+          [](const SamplingRequest& r) { return generate_command(r, std::cout, std::cerr); });
+  command("chat", "Talk to a chat model", chat_request, add_chat_flags,
+          [](const SamplingRequest& r) { return chat_command(r, std::cin, std::cout, std::cerr); });
+  command("tokens", "Show what the trainer will see, or the tokens of a text", tokens_request,
+          add_tokens_flags, [](const TokensRequest& r) { return tokens_command(r, std::cout, std::cerr); });
+  command("inspect", "Show what a model or adapter file holds", inspect_request, add_inspect_flags,
+          [](const InspectRequest& r) { return inspect_command(r, std::cout, std::cerr); });
+  command("bench", "Measure ops, training steps or decoding", bench_request, add_bench_flags,
+          [](const BenchRequest& r) { return bench_command(r, std::cout, std::cerr); });
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    if (e.get_exit_code() == 0) return app.exit(e);
+    std::cerr << "nibble: " << e.what() << suggestion(app, argc, argv) << "\n";
+    return 2;
+  }
+  os::catch_interrupt();
+  try {
+    return run();
+  } catch (const std::exception& e) {
+    std::cerr << "nibble: " << e.what() << "\n";
+    return 1;
+  }
+}
