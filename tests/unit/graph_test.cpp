@@ -43,8 +43,8 @@ TEST_CASE("leaves must fit their storage type, graphs compute in a float type") 
   Graph g;
   CHECK_THROWS_AS(g.weight("w", {DType::Q8_0, {4, 33}, {}}), ShapeError);
   CHECK(g.size() == 0);
-  CHECK_THROWS_AS(Graph(DType::F16), ShapeError);
-  CHECK_THROWS_AS(Graph(DType::NF4), ShapeError);
+  CHECK_THROWS_AS(Graph{DType::F16}, ShapeError);
+  CHECK_THROWS_AS(Graph{DType::NF4}, ShapeError);
   CHECK(Graph(DType::BF16).accumulate() == DType::F32);
   CHECK(Graph(DType::F64).accumulate() == DType::F64);
 }
