@@ -165,6 +165,8 @@ Outcomes read_mutations(const std::string& path, const std::string& bytes, std::
   Outcomes outcomes;
   const Mutator mutator(seed);
   for (int i = 0; i < count; ++i) {
+    // Rewriting a file in place makes some file systems flush it to disk every time.
+    std::filesystem::remove(path);
     put(path, mutator.mutate(bytes, header_bytes, static_cast<std::uint64_t>(i)));
     read_hostile(path, "mutation " + std::to_string(i), reader, outcomes);
   }
