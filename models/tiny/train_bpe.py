@@ -143,7 +143,7 @@ def main():
         with open(arguments.corpus, encoding="ascii") as file:
             texts = [json.loads(line)["text"] for line in file]
     else:
-        texts = documents(20000, 1)
+        texts = documents(40000, 1)
     counts = count_pieces(texts)
     for piece, count in count_pieces(PROMPTS).items():
         counts[piece] += PROMPT_WEIGHT * count
