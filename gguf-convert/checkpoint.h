@@ -52,4 +52,8 @@ class Checkpoint {
 // BF16). Throws FormatError, Unsupported (architecture, tensor type: lists what is supported).
 std::unique_ptr<Checkpoint> open_checkpoint(const std::string& source, std::uint64_t seed = 0);
 
+// A GGUF model in memory, 32-byte aligned, which must outlive the result; `name` is for messages.
+std::unique_ptr<Checkpoint> open_gguf_checkpoint(const std::string& name,
+                                                 std::span<const std::byte> bytes);
+
 }  // namespace nibble

@@ -99,8 +99,10 @@ TensorType plane_type(const GgufFile& file, const TensorSpec& spec, const PlaneT
 
 class GgufCheckpoint final : public Checkpoint {
  public:
-  explicit GgufCheckpoint(const std::string& path) : file_(path), config_(config_from_gguf(file_)) {
-    file_bytes_ = std::filesystem::file_size(path);
+  explicit GgufCheckpoint(GgufFile file, std::uint64_t file_bytes)
+      : file_(std::move(file)), config_(config_from_gguf(file_)), file_bytes_(file_bytes) {
+    const std::string& path = file_.path();
+    check_layer_count(config_, file_.tensors().size(), path);
     for (const TensorSpec& spec : model_tensors(config_)) add(spec);
     for (const GgufTensor& tensor : file_.tensors()) refuse_unknown(tensor);
     if (config_.name.empty()) config_.name = std::filesystem::path(path).stem().string();
@@ -246,7 +248,12 @@ class GgufCheckpoint final : public Checkpoint {
 }  // namespace
 
 std::unique_ptr<Checkpoint> open_gguf_checkpoint(const std::string& path) {
-  return std::make_unique<GgufCheckpoint>(path);
+  return std::make_unique<GgufCheckpoint>(GgufFile(path), std::filesystem::file_size(path));
+}
+
+std::unique_ptr<Checkpoint> open_gguf_checkpoint(const std::string& name,
+                                                 std::span<const std::byte> bytes) {
+  return std::make_unique<GgufCheckpoint>(GgufFile(name, bytes), bytes.size());
 }
 
 }  // namespace nibble

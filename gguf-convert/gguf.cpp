@@ -327,8 +327,14 @@ std::string kind_name(const GgufValue& value) {
 
 }  // namespace
 
-GgufFile::GgufFile(const std::string& path) : path_(path), file_(path) {
-  Cursor cursor(path_, file_.bytes());
+GgufFile::GgufFile(const std::string& path) : path_(path), file_(path) { read(file_.bytes()); }
+
+GgufFile::GgufFile(const std::string& name, std::span<const std::byte> bytes) : path_(name) {
+  read(bytes);
+}
+
+void GgufFile::read(std::span<const std::byte> bytes) {
+  Cursor cursor(path_, bytes);
   const Counts counts = read_preamble(cursor);
   for (std::uint64_t i = 0; i < counts.values; ++i) {
     const std::uint64_t begin = cursor.position();
@@ -363,7 +369,7 @@ GgufFile::GgufFile(const std::string& path) : path_(path), file_(path) {
     }
     tensors_.push_back(std::move(tensor));
   }
-  locate_tensors(cursor, begins, file_.bytes(), static_cast<std::uint64_t>(alignment), tensors_);
+  locate_tensors(cursor, begins, bytes, static_cast<std::uint64_t>(alignment), tensors_);
 }
 
 const GgufTensor* GgufFile::find(std::string_view name) const {

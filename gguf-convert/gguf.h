@@ -43,6 +43,8 @@ class GgufFile {
  public:
   // Maps and checks the file. Throws FormatError with file and byte offset.
   explicit GgufFile(const std::string& path);
+  // The same from memory, which must outlive the object; `name` is for messages.
+  GgufFile(const std::string& name, std::span<const std::byte> bytes);
 
   const std::string& path() const { return path_; }
   const std::vector<GgufTensor>& tensors() const { return tensors_; }  // file order
@@ -67,13 +69,14 @@ class GgufFile {
   const std::vector<std::pair<std::string, GgufValue>>& metadata() const { return metadata_; }
 
  private:
+  void read(std::span<const std::byte> bytes);
   const GgufValue* value(std::string_view key) const;
   template <typename T>
   const T* scalar(std::string_view key, const char* wanted) const;
   template <typename T>
   const std::vector<T>* array(std::string_view key, const char* wanted) const;
   std::string path_;
-  os::MappedFile file_;
+  os::MappedFile file_;  // unused when the bytes are somebody else's
   std::vector<std::pair<std::string, GgufValue>> metadata_;
   std::vector<std::uint64_t> value_offsets_;  // of metadata_[i], for error messages
   std::map<std::string, std::size_t, std::less<>> keys_;

@@ -100,7 +100,8 @@ struct GemmShape {
 
 // Products with weights of each storage type against OpenBLAS on the same shape, interleaved so
 // that both see the same machine.
-void bench_gemm(const BenchRequest& r, Backend& backend, const GemmShape& shape, std::ostream& out) {
+void bench_gemm(const BenchRequest& r, Backend& backend, const GemmShape& shape,
+                std::ostream& out) {
   const DType compute = compute_dtype(r.compute);
   const OpenBlas blas;
   const double flops = 2.0 * static_cast<double>(shape.rows * shape.out * shape.in);
@@ -112,17 +113,16 @@ void bench_gemm(const BenchRequest& r, Backend& backend, const GemmShape& shape,
   std::vector<Case> cases;
   for (const DType type : {DType::F32, DType::BF16, DType::NF4, DType::Q8_0, DType::Q4_1}) {
     const TensorType w{type, {shape.out, shape.in}, {}};
-    cases.push_back({"linear " + std::string(name(type)),
-                     std::make_unique<OpBench>(backend, compute,
-                                               TensorType{compute, {shape.rows, shape.in}, {}}, w,
-                                               build_linear),
-                     {}});
+    cases.push_back(
+        {"linear " + std::string(name(type)),
+         std::make_unique<OpBench>(
+             backend, compute, TensorType{compute, {shape.rows, shape.in}, {}}, w, build_linear),
+         {}});
   }
   cases.push_back({"linear_dx NF4",
-                   std::make_unique<OpBench>(backend, compute,
-                                             TensorType{compute, {shape.rows, shape.out}, {}},
-                                             TensorType{DType::NF4, {shape.out, shape.in}, {}},
-                                             build_linear_dx),
+                   std::make_unique<OpBench>(
+                       backend, compute, TensorType{compute, {shape.rows, shape.out}, {}},
+                       TensorType{DType::NF4, {shape.out, shape.in}, {}}, build_linear_dx),
                    {}});
   const std::vector<float> x = normal_values(shape.rows * shape.in, 3);
   const std::vector<float> w = normal_values(shape.out * shape.in, 4);
@@ -137,12 +137,15 @@ void bench_gemm(const BenchRequest& r, Backend& backend, const GemmShape& shape,
     }
     for (Case& c : cases) c.seconds.push_back(c.bench->seconds());
   }
-  const std::string size = format("%lld x %lld x %lld", static_cast<long long>(shape.rows),
-                                  static_cast<long long>(shape.out), static_cast<long long>(shape.in));
+  const std::string size =
+      format("%lld x %lld x %lld", static_cast<long long>(shape.rows),
+             static_cast<long long>(shape.out), static_cast<long long>(shape.in));
   const double blas_rate = blas.available() ? flops / median(blas_seconds) : 0;
   const auto row = [&](const std::string& label, double rate) {
     if (r.json) {
-      out << Json{{"op", label}, {"shape", size}, {"flops_per_s", rate},
+      out << Json{{"op", label},
+                  {"shape", size},
+                  {"flops_per_s", rate},
                   {"openblas_share", blas_rate > 0 ? Json(rate / blas_rate) : Json()}}
                  .dump()
           << "\n";
@@ -305,13 +308,15 @@ int bench_decode(const BenchRequest& r, std::ostream& out, std::ostream&) {
   const double prompt_rate = static_cast<double>(r.prompt) / prompt_seconds;
   const double rate = 1 / median(seconds);
   if (r.json) {
-    out << Json{{"prompt_tokens_per_s", prompt_rate}, {"tokens_per_s", rate},
-                {"seconds", median(seconds)}, {"peak_bytes", s.backend->allocated_bytes()}}
+    out << Json{{"prompt_tokens_per_s", prompt_rate},
+                {"tokens_per_s", rate},
+                {"seconds", median(seconds)},
+                {"peak_bytes", s.backend->allocated_bytes()}}
                .dump()
         << "\n";
   } else {
-    out << format("prompt %.0f tokens/s, decode %.1f tokens/s (median of %lld)\n", prompt_rate, rate,
-                  static_cast<long long>(r.tokens));
+    out << format("prompt %.0f tokens/s, decode %.1f tokens/s (median of %lld)\n", prompt_rate,
+                  rate, static_cast<long long>(r.tokens));
   }
   return 0;
 }
@@ -319,18 +324,35 @@ int bench_decode(const BenchRequest& r, std::ostream& out, std::ostream&) {
 }  // namespace
 
 void add_bench_flags(CLI::App& command, BenchRequest& r) {
-  command.add_option("WHAT", r.what, "ops | train | decode")->required()->check(CLI::IsMember({"ops", "train", "decode"}));
-  command.add_option("--model,-m", r.model, "model for train and decode; random:CONFIG.json will do");
-  command.add_option("--method", r.method)->check(CLI::IsMember({"qlora", "lora", "full"}))->capture_default_str();
-  command.add_option("--batch", r.batch, "rows of --seq tokens a step")->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  command.add_option("WHAT", r.what, "ops | train | decode")
+      ->required()
+      ->check(CLI::IsMember({"ops", "train", "decode"}));
+  command.add_option("--model,-m", r.model,
+                     "model for train and decode; random:CONFIG.json will do");
+  command.add_option("--method", r.method)
+      ->check(CLI::IsMember({"qlora", "lora", "full"}))
+      ->capture_default_str();
+  command.add_option("--batch", r.batch, "rows of --seq tokens a step")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
   command.add_option("--seq", r.sequence)->check(CLI::Range(2, 1 << 20))->capture_default_str();
   command.add_option("--rank", r.rank)->check(CLI::Range(1, 4096))->capture_default_str();
-  command.add_option("--steps", r.steps, "steps to time")->check(CLI::Range(1, 1 << 20))->capture_default_str();
-  command.add_option("--storage", r.storage)->check(CLI::IsMember({"store", "cheap", "block"}))->capture_default_str();
-  command.add_option("--compute", r.compute)->check(CLI::IsMember({"f32", "bf16"}))->capture_default_str();
+  command.add_option("--steps", r.steps, "steps to time")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  command.add_option("--storage", r.storage)
+      ->check(CLI::IsMember({"store", "cheap", "block"}))
+      ->capture_default_str();
+  command.add_option("--compute", r.compute)
+      ->check(CLI::IsMember({"f32", "bf16"}))
+      ->capture_default_str();
   command.add_option("--backend,--device", r.backend)->capture_default_str();
-  command.add_option("--prompt", r.prompt, "prompt tokens of decode")->check(CLI::Range(1, 1 << 20))->capture_default_str();
-  command.add_option("--tokens", r.tokens, "tokens to decode")->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  command.add_option("--prompt", r.prompt, "prompt tokens of decode")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  command.add_option("--tokens", r.tokens, "tokens to decode")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
   command.add_option("--threads,-t", r.threads, "CPU threads; default: all cores");
   command.add_flag("--json", r.json, "JSON lines");
 }

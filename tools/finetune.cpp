@@ -83,8 +83,9 @@ class Run {
   void load() {
     const auto progress = [&](std::int64_t done, std::int64_t all) {
       if (!terminal_) return;
-      log_ << format("\rloading    %3.0f %%", 100.0 * static_cast<double>(done) /
-                                                  static_cast<double>(std::max<std::int64_t>(all, 1)))
+      log_ << format("\rloading    %3.0f %%",
+                     100.0 * static_cast<double>(done) /
+                         static_cast<double>(std::max<std::int64_t>(all, 1)))
            << std::flush;
     };
     reserve_and_read(s_, progress);
@@ -147,14 +148,16 @@ class Run {
     for (const Row& row : s_.samples) {
       const auto first = std::find(row.trained.begin(), row.trained.end(), 1) - row.trained.begin();
       // Rows that are trained from their start are continued from their first quarter.
-      const auto cut = static_cast<std::size_t>(first > 1 ? first : std::max<std::ptrdiff_t>(1, std::ssize(row.ids) / 4));
+      const auto cut = static_cast<std::size_t>(
+          first > 1 ? first : std::max<std::ptrdiff_t>(1, std::ssize(row.ids) / 4));
       const auto ids = std::span<const std::int32_t>(row.ids);
       if (static_cast<std::int64_t>(cut) >= s_.decoder->context()) continue;
       SampleOptions options;
       options.max_tokens = s_.decoder->context() - static_cast<std::int64_t>(cut);
       const Generation g = generate(*s_.decoder, *s_.tokenizer, ids.first(cut), options);
-      result.push_back({s_.tokenizer->decode(ids.first(cut)),
-                        s_.tokenizer->decode(ids.subspan(cut), {.special = false, .continues = true}), g.text});
+      result.push_back(
+          {s_.tokenizer->decode(ids.first(cut)),
+           s_.tokenizer->decode(ids.subspan(cut), {.special = false, .continues = true}), g.text});
     }
     return result;
   }
@@ -210,8 +213,10 @@ class Run {
       const double seconds = os::seconds() - step_begin;
       const std::int64_t step = s_.trainer->step();
       if (!std::isfinite(result.loss) || !std::isfinite(result.grad_norm)) {
-        throw Error(format("the loss became %g at step %lld; the last checkpoint is intact, a lower "
-                           "--lr or --clip may help", result.loss, static_cast<long long>(step)));
+        throw Error(
+            format("the loss became %g at step %lld; the last checkpoint is intact, a lower "
+                   "--lr or --clip may help",
+                   result.loss, static_cast<long long>(step)));
       }
       log_row({{"type", "step"},
                {"step", step},
@@ -226,8 +231,8 @@ class Run {
       const bool stop = os::interrupted();
       if (!s_.held_out.empty() && (step % r_.eval_every == 0 || step == steps) && !stop) {
         const double loss = evaluate_and_log();
-        log_ << (terminal_ ? "\r\033[K" : "") << format("step %lld: held-out loss %.4f\n",
-                                                        static_cast<long long>(step), loss);
+        log_ << (terminal_ ? "\r\033[K" : "")
+             << format("step %lld: held-out loss %.4f\n", static_cast<long long>(step), loss);
         plot();
       }
       if (step % r_.save_every == 0 || step == steps || stop) {
@@ -262,7 +267,8 @@ class Run {
     if (terminal_) {
       log_ << "\r" << line << "\033[K" << std::flush;
       if (step == r_.steps) log_ << "\n";
-    } else if (step == 1 || step == r_.steps || step % std::max<std::int64_t>(1, r_.steps / 20) == 0) {
+    } else if (step == 1 || step == r_.steps ||
+               step % std::max<std::int64_t>(1, r_.steps / 20) == 0) {
       log_ << line << "\n" << std::flush;
     }
   }
@@ -277,8 +283,10 @@ class Run {
     plot.title = std::filesystem::path(directory_.path()).filename().string();
     for (const Json& row : directory_.read_log()) {
       const std::string type = row.value("type", "");
-      if (type == "step") plot.train.push_back({row["step"].get<double>(), row["loss"].get<double>()});
-      if (type == "eval") plot.held_out.push_back({row["step"].get<double>(), row["eval_loss"].get<double>()});
+      if (type == "step")
+        plot.train.push_back({row["step"].get<double>(), row["loss"].get<double>()});
+      if (type == "eval")
+        plot.held_out.push_back({row["step"].get<double>(), row["eval_loss"].get<double>()});
     }
     write_loss_plot(plot, directory_.file("loss.png"));
   }
@@ -286,8 +294,9 @@ class Run {
   void after() {
     plot();
     std::ostream& text = r_.json ? log_ : out_;
-    const std::vector<std::string> exported =
-        s_.trains_weights() ? export_model(s_, directory_.path()) : export_adapter(s_, directory_.path());
+    const std::vector<std::string> exported = s_.trains_weights()
+                                                  ? export_model(s_, directory_.path())
+                                                  : export_adapter(s_, directory_.path());
     print_losses(text);
     print_answers(text);
     const std::int64_t predicted = s_.fit.total_bytes();
@@ -321,7 +330,8 @@ class Run {
     text << format("held out   loss %.4f before, %.4f after", mean_loss(first_losses_),
                    mean_loss(last_losses_));
     text << format("; row means fell by %.4f", mean);
-    if (n > 1) text << format(" (standard error %.4f, %lld rows)", error, static_cast<long long>(n));
+    if (n > 1)
+      text << format(" (standard error %.4f, %lld rows)", error, static_cast<long long>(n));
     text << "\n";
   }
 
@@ -336,9 +346,8 @@ class Run {
     }
     if (r_.sample_prompts.empty()) return;
     const auto exact = [&](const std::vector<Answer>& answers) {
-      return std::count_if(answers.begin(), answers.end(), [](const Answer& a) {
-        return trimmed(a.got) == trimmed(a.wanted);
-      });
+      return std::count_if(answers.begin(), answers.end(),
+                           [](const Answer& a) { return trimmed(a.got) == trimmed(a.wanted); });
     };
     text << "exact      " << exact(first_answers_) << " of " << count << " answers before, "
          << exact(now) << " of " << count << " after (" << r_.sample_prompts << ")\n";
@@ -351,11 +360,13 @@ class Run {
            << "serve      llama-server -m " << model << "\n";
       return;
     }
-    text << "chat       nibble chat -m " << r_.model << " --adapter " << directory_.file("adapter") << "\n";
+    text << "chat       nibble chat -m " << r_.model << " --adapter " << directory_.file("adapter")
+         << "\n";
     const bool gguf = r_.model.ends_with(".gguf");
     text << "serve      ";
     if (gguf) {
-      text << "llama-server -m " << r_.model << " --lora " << directory_.file("adapter.gguf") << "\n";
+      text << "llama-server -m " << r_.model << " --lora " << directory_.file("adapter.gguf")
+           << "\n";
     } else {
       text << "gguf-convert " << r_.model << " merged.gguf --type q8_0 --adapter "
            << directory_.file("adapter") << " && llama-server -m merged.gguf\n";

@@ -41,8 +41,9 @@ void load_data(FinetuneSetup& s, std::ostream& log) {
   count_tokens(s.dataset, *s.tokenizer);
   r.format = s.dataset.format;
   Dataset& d = s.dataset;
-  log << "data       " << d.format << " rows: " << count_text(static_cast<std::int64_t>(d.rows.size()))
-      << ", " << count_text(d.total_tokens) << " tokens, " << count_text(d.trained_tokens)
+  log << "data       " << d.format
+      << " rows: " << count_text(static_cast<std::int64_t>(d.rows.size())) << ", "
+      << count_text(d.total_tokens) << " tokens, " << count_text(d.trained_tokens)
       << " trained, longest " << count_text(d.longest);
   if (d.truncated > 0) log << ", " << count_text(d.truncated) << " truncated";
   if (d.dropped > 0) log << ", " << count_text(d.dropped) << " dropped (nothing left to train)";
@@ -50,16 +51,16 @@ void load_data(FinetuneSetup& s, std::ostream& log) {
   log << "\n";
   if (d.skipped > 0) log << "           first bad row: " << d.first_bad << "\n";
   if (d.rows.empty()) throw Error(r.data.front() + ": no row is left to train on");
-  log << "row 1      " << render(d.rows.front(), *s.tokenizer,
-                                 os::is_terminal(2) ? Marks::terminal : Marks::guillemets)
+  log << "row 1      "
+      << render(d.rows.front(), *s.tokenizer,
+                os::is_terminal(2) ? Marks::terminal : Marks::guillemets)
       << "\n";
   const auto rows = static_cast<std::int64_t>(d.rows.size());
   log << "           EOS is trained: "
       << (d.eos_trained == rows ? "yes"
-                                : d.eos_trained == 0
-                                      ? "no"
-                                      : "in " + count_text(d.eos_trained) + " of " +
-                                            count_text(rows) + " rows")
+          : d.eos_trained == 0
+              ? "no"
+              : "in " + count_text(d.eos_trained) + " of " + count_text(rows) + " rows")
       << "\n";
 }
 
@@ -178,7 +179,8 @@ void take_adapter_shape(Recipe& r, const ModelConfig& config) {
   r.targets.clear();
   for (const AdapterTensor& t : adapter.tensors) {
     if (t.rank != r.rank || adapter.scale(t) * static_cast<double>(t.rank) != r.alpha) {
-      throw Unsupported(r.adapter + ": " + t.name + " has another rank or alpha than the rest; "
+      throw Unsupported(r.adapter + ": " + t.name +
+                        " has another rank or alpha than the rest; "
                         "training goes on from adapters with one rank and alpha");
     }
     const std::string linear = t.name.substr(t.name.find('.', 4) + 1);
@@ -191,7 +193,9 @@ void take_adapter_shape(Recipe& r, const ModelConfig& config) {
 
 LoadOptions load_options(const Recipe& r) {
   LoadOptions options;
-  options.method = r.method == "full" ? Method::full : r.method == "lora" ? Method::lora : Method::qlora;
+  options.method = r.method == "full"   ? Method::full
+                   : r.method == "lora" ? Method::lora
+                                        : Method::qlora;
   options.compute = compute_dtype(r.compute);
   options.quant.block = static_cast<std::int32_t>(r.block);
   options.quant.double_quant = !r.no_double_quant;
@@ -203,8 +207,8 @@ LoadOptions load_options(const Recipe& r) {
 
 void print_model(const FinetuneSetup& s, std::ostream& log) {
   const ModelConfig& c = s.loaded->config();
-  log << "model      " << (c.name.empty() ? s.recipe.model : c.name) << ": " << c.architecture << ", "
-      << format("%.1fM", static_cast<double>(s.total_parameters) / 1e6) << " parameters, "
+  log << "model      " << (c.name.empty() ? s.recipe.model : c.name) << ": " << c.architecture
+      << ", " << format("%.1fM", static_cast<double>(s.total_parameters) / 1e6) << " parameters, "
       << c.layers << " blocks, context " << c.context << "\n";
   if (s.loaded->converted() > 0) {
     log << "           " << s.loaded->converted() << " matrices become NF4 while loading\n";
@@ -231,14 +235,16 @@ void plan_rung(FinetuneSetup& s, const std::string& rung, std::int64_t sample_co
   s.decoder.reset();
   s.trainer = std::make_unique<Trainer>(
       *s.backend, std::move(table),
-      [llama](Graph& graph, const LossInputs& in) { return llama->build_loss(graph, in); }, options);
+      [llama](Graph& graph, const LossInputs& in) { return llama->build_loss(graph, in); },
+      options);
   if (sample_context > 0) {
     s.decoder = std::make_unique<Decoder>(s.trainer->runtime(), *llama, options.compute,
                                           sample_context, s.loaded->config().vocab);
   }
   s.fit = s.trainer->fit();
   s.fit.device.insert(s.fit.device.begin(), {"weights", s.loaded->weight_bytes()});
-  if (s.loaded->mapped_bytes() > 0) s.fit.host.push_back({"weights mapped", s.loaded->mapped_bytes()});
+  if (s.loaded->mapped_bytes() > 0)
+    s.fit.host.push_back({"weights mapped", s.loaded->mapped_bytes()});
   s.fit.budget_bytes = r.memory.empty() ? 0 : parse_size(r.memory, "--memory");
 }
 
@@ -257,7 +263,7 @@ DType compute_dtype(const std::string& name) { return name == "bf16" ? DType::BF
 std::vector<std::string> resolve_targets(const std::vector<std::string>& targets) {
   const auto hf_name = [](const std::string& linear) {
     static const std::map<std::string, std::string> names = {
-        {"attn_q", "q_proj"},    {"attn_k", "k_proj"},       {"attn_v", "v_proj"},
+        {"attn_q", "q_proj"},      {"attn_k", "k_proj"},      {"attn_v", "v_proj"},
         {"attn_output", "o_proj"}, {"ffn_gate", "gate_proj"}, {"ffn_up", "up_proj"},
         {"ffn_down", "down_proj"}};
     return names.at(linear);
@@ -274,7 +280,8 @@ std::vector<std::string> resolve_targets(const std::vector<std::string>& targets
       if (std::find(found.begin(), found.end(), linear) == found.end()) found.push_back(linear);
     }
     if (!matched) {
-      throw Error("--targets " + target + " matches no linear; there are q_proj, k_proj, v_proj, "
+      throw Error("--targets " + target +
+                  " matches no linear; there are q_proj, k_proj, v_proj, "
                   "o_proj, gate_proj, up_proj, down_proj and all-linear");
     }
   }
@@ -306,7 +313,8 @@ void plan_model(FinetuneSetup& s, std::int64_t sample_context) {
   Recipe& r = s.recipe;
   std::optional<LoraSpec> lora;
   if (r.method != "full") lora = LoraSpec{r.rank, r.alpha, r.dropout, r.targets};
-  s.llama = std::make_unique<Llama>(s.loaded->config(), s.loaded->types(), lora, r.method == "full");
+  s.llama =
+      std::make_unique<Llama>(s.loaded->config(), s.loaded->types(), lora, r.method == "full");
   if (r.storage != "auto") return plan_rung(s, r.storage, sample_context);
   // From the fastest rung to the leanest: the first that fits the cap, or the machine.
   const std::int64_t machine = os::memory_bytes() / 10 * 8;
@@ -330,16 +338,18 @@ FinetuneSetup set_up(const Recipe& recipe, std::ostream& log) {
   make_buckets(s);
   resolve_optimizer(s);
   std::int64_t longest_prompt = 0;
-  for (const Row& row : s.samples) longest_prompt = std::max<std::int64_t>(longest_prompt, std::ssize(row.ids));
+  for (const Row& row : s.samples)
+    longest_prompt = std::max<std::int64_t>(longest_prompt, std::ssize(row.ids));
   plan_model(s, std::min(s.loaded->config().context, longest_prompt + kAnswerTokens));
   log << "steps      " << count_text(s.recipe.steps)
-      << format(" of %lld %s (%.2f epochs), lr %g %s, warmup %g", static_cast<long long>(s.recipe.batch),
-                s.recipe.pack ? "packs" : "rows", s.schedule->epochs(), s.recipe.lr,
-                s.recipe.schedule.c_str(), s.recipe.warmup)
+      << format(" of %lld %s (%.2f epochs), lr %g %s, warmup %g",
+                static_cast<long long>(s.recipe.batch), s.recipe.pack ? "packs" : "rows",
+                s.schedule->epochs(), s.recipe.lr, s.recipe.schedule.c_str(), s.recipe.warmup)
       << "\n";
   log << "trains     " << count_text(s.trainer->parameters().trainable()) << " parameters ("
       << s.recipe.method;
-  if (!s.trains_weights()) log << format(", rank %lld, alpha %g", static_cast<long long>(s.recipe.rank), s.recipe.alpha);
+  if (!s.trains_weights())
+    log << format(", rank %lld, alpha %g", static_cast<long long>(s.recipe.rank), s.recipe.alpha);
   log << "), storage " << s.fit.storage << ", microbatches of";
   for (const std::int64_t b : s.buckets) log << " " << b;
   log << " tokens, " << s.backend->info().description << ", " << s.recipe.compute << "\n";
@@ -370,9 +380,9 @@ void initialize_adapter(Trainer& trainer, std::uint64_t seed) {
       const float bound = 1.0f / std::sqrt(static_cast<float>(s.cols));
       const std::uint64_t stream = hash_name(s.name);
       for (std::size_t i = 0; i < values.size(); ++i) {
-        const PhiloxBlock r = philox(seed, {static_cast<std::uint32_t>(i / 4), 0,
-                                            static_cast<std::uint32_t>(stream),
-                                            static_cast<std::uint32_t>(stream >> 32)});
+        const PhiloxBlock r =
+            philox(seed, {static_cast<std::uint32_t>(i / 4), 0, static_cast<std::uint32_t>(stream),
+                          static_cast<std::uint32_t>(stream >> 32)});
         values[i] = (2 * uniform(r[i % 4]) - 1) * bound;
       }
     }

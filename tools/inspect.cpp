@@ -53,7 +53,10 @@ int inspect_adapter(const InspectRequest& r, std::ostream& out) {
   if (r.json) {
     Json tensors = Json::array();
     for (const AdapterTensor& t : adapter.tensors) {
-      tensors.push_back({{"name", t.name}, {"in", t.in}, {"out", t.out}, {"rank", t.rank},
+      tensors.push_back({{"name", t.name},
+                         {"in", t.in},
+                         {"out", t.out},
+                         {"rank", t.rank},
                          {"scale", adapter.scale(t)}});
     }
     out << dump({{"kind", "adapter"}, {"tensors", tensors}}) << "\n";
@@ -89,10 +92,18 @@ int inspect_plain_gguf(const InspectRequest& r, const GgufFile& file, std::ostre
 }
 
 Json config_json(const ModelConfig& c) {
-  return {{"architecture", c.architecture}, {"name", c.name}, {"vocab", c.vocab},
-          {"hidden", c.hidden}, {"feed_forward", c.feed_forward}, {"layers", c.layers},
-          {"heads", c.heads}, {"kv_heads", c.kv_heads}, {"head_dim", c.head_dim},
-          {"context", c.context}, {"rms_eps", c.rms_eps}, {"rope_theta", c.rope_theta},
+  return {{"architecture", c.architecture},
+          {"name", c.name},
+          {"vocab", c.vocab},
+          {"hidden", c.hidden},
+          {"feed_forward", c.feed_forward},
+          {"layers", c.layers},
+          {"heads", c.heads},
+          {"kv_heads", c.kv_heads},
+          {"head_dim", c.head_dim},
+          {"context", c.context},
+          {"rms_eps", c.rms_eps},
+          {"rope_theta", c.rope_theta},
           {"rope_pairs", c.rope_style == RopeStyle::half ? "half" : "adjacent"},
           {"tied_embeddings", c.tied_embeddings}};
 }
@@ -115,8 +126,11 @@ int inspect_model(const InspectRequest& r, const Checkpoint& model, std::ostream
     }
   }
   if (r.json) {
-    out << dump({{"kind", "model"}, {"config", config_json(model.config())},
-                 {"parameters", elements}, {"bytes", total}, {"tensors", tensors}})
+    out << dump({{"kind", "model"},
+                 {"config", config_json(model.config())},
+                 {"parameters", elements},
+                 {"bytes", total},
+                 {"tensors", tensors}})
         << "\n";
     return 0;
   }
@@ -127,7 +141,8 @@ int inspect_model(const InspectRequest& r, const Checkpoint& model, std::ostream
   if (model.has_tokenizer()) {
     const TokenizerSpec t = model.tokenizer();
     out << "  tokenizer = " << t.model << (t.pre.empty() ? "" : " / " + t.pre) << ", "
-        << t.tokens.size() << " tokens" << (t.chat_template.empty() ? "" : ", chat template") << "\n";
+        << t.tokens.size() << " tokens" << (t.chat_template.empty() ? "" : ", chat template")
+        << "\n";
   }
   out << r.path << ": " << count_text(elements) << " parameters, " << size_text(total) << " (";
   bool first = true;
@@ -142,7 +157,8 @@ int inspect_model(const InspectRequest& r, const Checkpoint& model, std::ostream
 }  // namespace
 
 void add_inspect_flags(CLI::App& command, InspectRequest& r) {
-  command.add_option("FILE", r.path, "model, adapter, checkpoint, random:CONFIG.json or tiny")->required();
+  command.add_option("FILE", r.path, "model, adapter, checkpoint, random:CONFIG.json or tiny")
+      ->required();
   command.add_flag("--metadata", r.metadata, "show a GGUF file's keys");
   command.add_flag("--json", r.json, "one JSON object");
 }

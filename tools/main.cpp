@@ -64,7 +64,8 @@ std::string suggestion(const CLI::App& app, int argc, char** argv) {
       return "; did you mean " + nearest(flag, flags) + "?";
     }
   }
-  return command == &app ? "; see nibble --help" : "; see nibble " + command->get_name() + " --help";
+  return command == &app ? "; see nibble --help"
+                         : "; see nibble " + command->get_name() + " --help";
 }
 
 }  // namespace
@@ -77,6 +78,7 @@ int main(int argc, char** argv) {
   std::function<int()> run;
   const auto command = [&](const char* name, const char* help, auto& request, auto add, auto call) {
     CLI::App* sub = app.add_subcommand(name, help);
+    sub->option_defaults()->take_last();  // a flag given again replaces the first
     add(*sub, request);
     sub->callback([&run, &request, call] { run = [&request, call] { return call(request); }; });
   };
@@ -94,7 +96,8 @@ int main(int argc, char** argv) {
   command("chat", "Talk to a chat model", chat_request, add_chat_flags,
           [](const SamplingRequest& r) { return chat_command(r, std::cin, std::cout, std::cerr); });
   command("tokens", "Show what the trainer will see, or the tokens of a text", tokens_request,
-          add_tokens_flags, [](const TokensRequest& r) { return tokens_command(r, std::cout, std::cerr); });
+          add_tokens_flags,
+          [](const TokensRequest& r) { return tokens_command(r, std::cout, std::cerr); });
   command("inspect", "Show what a model or adapter file holds", inspect_request, add_inspect_flags,
           [](const InspectRequest& r) { return inspect_command(r, std::cout, std::cerr); });
   command("bench", "Measure ops, training steps or decoding", bench_request, add_bench_flags,

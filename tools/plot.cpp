@@ -28,7 +28,9 @@ constexpr Color kInk{40, 44, 52}, kGrid{228, 230, 234}, kTrain{158, 188, 226}, k
 class Canvas {
  public:
   Canvas(int width, int height)
-      : width_(width), height_(height), pixels_(static_cast<std::size_t>(3 * width * height), 255) {}
+      : width_(width),
+        height_(height),
+        pixels_(static_cast<std::size_t>(3 * width * height), 255) {}
 
   void dot(int x, int y, Color c, double opacity = 1) {
     if (x < 0 || y < 0 || x >= width_ || y >= height_) return;
@@ -110,17 +112,19 @@ Points finite(const Points& points) {
   return kept;
 }
 
-// An exponential average, started at the mean of the first points so that it does not lag.
+// A centred moving average over a fiftieth of the points, shorter at both ends, so that the curve
+// neither lags nor is cut.
 Points smooth(const Points& points) {
-  if (points.size() < 8) return points;
-  const double keep = 1 - std::max(0.02, 4.0 / static_cast<double>(points.size()));
-  const std::size_t head = std::min<std::size_t>(points.size(), 8);
-  double average = 0;
-  for (std::size_t i = 0; i < head; ++i) average += points[i].second / static_cast<double>(head);
+  const auto count = std::ssize(points);
+  const auto reach = std::max<std::ptrdiff_t>(2, count / 100);
+  if (count < 8) return points;
   Points result;
-  for (const auto& [x, y] : points) {
-    average = keep * average + (1 - keep) * y;
-    result.push_back({x, average});
+  for (std::ptrdiff_t i = 0; i < count; ++i) {
+    const auto side = std::min({reach, i, count - 1 - i});
+    double sum = 0;
+    for (auto k = i - side; k <= i + side; ++k) sum += points[static_cast<std::size_t>(k)].second;
+    result.push_back(
+        {points[static_cast<std::size_t>(i)].first, sum / static_cast<double>(2 * side + 1)});
   }
   return result;
 }
@@ -159,8 +163,8 @@ class Axes {
     for (double v = 0; v <= x_most_; v += dx) {
       canvas_.line(x(v), kBottom, x(v), kBottom + 6, 1, kInk);
       const std::string label = format("%.0f", v);
-      canvas_.text(static_cast<int>(x(v)) - Canvas::text_width(label, 2) / 2, kBottom + 12, label, 2,
-                   kInk);
+      canvas_.text(static_cast<int>(x(v)) - Canvas::text_width(label, 2) / 2, kBottom + 12, label,
+                   2, kInk);
     }
     canvas_.line(kLeft, kTop, kLeft, kBottom, 1.5, kInk);
     canvas_.line(kLeft, kBottom, kRight, kBottom, 1.5, kInk);

@@ -10,107 +10,188 @@ namespace nibble {
 
 void add_recipe_flags(CLI::App& command, Recipe& r) {
   const auto what = "What to train";
-  command.add_option("--model,-m,--model-name", r.model,
-                     "Hugging Face directory, .gguf file, or random:CONFIG.json")
-      ->group(what)->required();
-  command.add_option("--data,-d,--dataset", r.data, "training rows, .jsonl or .json (several: -d A -d B)")
-      ->group(what)->required();
+  command
+      .add_option("--model,-m,--model-name", r.model,
+                  "Hugging Face directory, .gguf file, or random:CONFIG.json")
+      ->group(what)
+      ->required();
+  command
+      .add_option("--data,-d,--dataset", r.data,
+                  "training rows, .jsonl or .json (several: -d A -d B)")
+      ->take_all()
+      ->group(what)
+      ->required();
   command.add_option("--method", r.method, "qlora: adapter over 4-bit weights | lora | full")
-      ->group(what)->check(CLI::IsMember({"qlora", "lora", "full"}))->capture_default_str();
+      ->group(what)
+      ->check(CLI::IsMember({"qlora", "lora", "full"}))
+      ->capture_default_str();
   command.add_option("--adapter", r.adapter, "start from this adapter (PEFT directory or GGUF)")
       ->group(what);
   command.add_option("--format", r.format, "row format; detected when left out")
-      ->group(what)->check(CLI::IsMember({"alpaca", "completion", "messages", "text"}));
+      ->group(what)
+      ->check(CLI::IsMember({"alpaca", "completion", "messages", "text"}));
   command.add_option("--train-on", r.train_on, "auto | all | completion | assistant")
-      ->group(what)->check(CLI::IsMember({"auto", "all", "completion", "assistant"}))
+      ->group(what)
+      ->check(CLI::IsMember({"auto", "all", "completion", "assistant"}))
       ->capture_default_str();
   command.add_option("--eval-data", r.eval_data, "held-out rows")->group(what);
-  command.add_option("--eval-split,--val-set-size", r.eval_split,
-                     "share of the rows (2%) or number of rows to hold out, without --eval-data")
-      ->group(what)->capture_default_str();
-  command.add_option("--sample-prompts", r.sample_prompts,
-                     "rows whose answers are shown before and after; default: two held-out rows")
+  command
+      .add_option("--eval-split,--val-set-size", r.eval_split,
+                  "share of the rows (2%) or number of rows to hold out, without --eval-data")
+      ->group(what)
+      ->capture_default_str();
+  command
+      .add_option("--sample-prompts", r.sample_prompts,
+                  "rows whose answers are shown before and after; default: two held-out rows")
       ->group(what);
   command.add_flag("--truncate", r.truncate, "cut rows longer than --seq instead of refusing them")
       ->group(what);
   command.add_flag("--skip-bad", r.skip_bad, "count malformed rows and go on")->group(what);
 
   const auto where = "Where it runs";
-  command.add_option("--out,-o,--output-dir", r.out, "run directory; default runs/MODEL-DATA-NN")->group(where);
-  command.add_option("--backend,--device", r.backend, "auto | cpu")->group(where)->capture_default_str();
+  command.add_option("--out,-o,--output-dir", r.out, "run directory; default runs/MODEL-DATA-NN")
+      ->group(where);
+  command.add_option("--backend,--device", r.backend, "auto | cpu")
+      ->group(where)
+      ->capture_default_str();
   command.add_option("--compute", r.compute, "f32 | bf16; default f32 on the CPU")
-      ->group(where)->check(CLI::IsMember({"f32", "bf16"}));
-  command.add_option("--memory,--vram", r.memory, "most bytes to allocate, such as 24G")->group(where);
-  command.add_option("--storage", r.storage,
-                     "store | cheap | block: what the backward pass keeps and what it recomputes; "
-                     "auto: the fastest that fits --memory")
-      ->group(where)->check(CLI::IsMember({"auto", "store", "cheap", "block"}))->capture_default_str();
+      ->group(where)
+      ->check(CLI::IsMember({"f32", "bf16"}));
+  command.add_option("--memory,--vram", r.memory, "most bytes to allocate, such as 24G")
+      ->group(where);
+  command
+      .add_option("--storage", r.storage,
+                  "store | cheap | block: what the backward pass keeps and what it recomputes; "
+                  "auto: the fastest that fits --memory")
+      ->group(where)
+      ->check(CLI::IsMember({"auto", "store", "cheap", "block"}))
+      ->capture_default_str();
   command.add_option("--threads,-t", r.threads, "CPU threads; default: all cores")->group(where);
   command.add_flag("--resume", r.resume, "go on from the newest checkpoint of --out")->group(where);
   command.add_flag("--overwrite", r.overwrite, "replace what --out holds")->group(where);
   command.add_flag("--dry-run", r.dry_run, "stop before weights are read")->group(where);
-  command.add_flag("--json", r.json, "print the log's rows to stdout and nothing else")->group(where);
+  command.add_flag("--json", r.json, "print the log's rows to stdout and nothing else")
+      ->group(where);
 
   const auto adapter = "Adapter and quantization";
   command.add_option("--rank,--lora-r,-r", r.rank, "rank of the LoRA matrices")
-      ->group(adapter)->check(CLI::Range(1, 4096))->capture_default_str();
+      ->group(adapter)
+      ->check(CLI::Range(1, 4096))
+      ->capture_default_str();
   command.add_option("--alpha,--lora-alpha", r.alpha, "scale is alpha / rank; default 2 * rank")
-      ->group(adapter)->check(CLI::PositiveNumber);
+      ->group(adapter)
+      ->check(CLI::PositiveNumber);
   command.add_option("--dropout,--lora-dropout", r.dropout, "in the adapter's down projection")
-      ->group(adapter)->check(CLI::Range(0.0, 0.99))->capture_default_str();
-  command.add_option("--targets,--target-modules", r.targets,
-                     "all-linear, HF or GGUF names (q_proj,attn_v), or a regular expression")
-      ->group(adapter)->delimiter(',')->capture_default_str();
-  command.add_option("--block", r.block, "NF4 quantization block")->group(adapter)->capture_default_str();
-  command.add_flag("--no-double-quant", r.no_double_quant, "keep NF4's absmax in F32")->group(adapter);
-  command.add_option("--no-quant", r.no_quant, "regular expression: matrices that stay as they are")
+      ->group(adapter)
+      ->check(CLI::Range(0.0, 0.99))
+      ->capture_default_str();
+  command
+      .add_option("--targets,--target-modules", r.targets,
+                  "all-linear, HF or GGUF names (q_proj,attn_v), or a regular expression")
+      ->group(adapter)
+      ->take_all()
+      ->delimiter(',')
+      ->capture_default_str();
+  command.add_option("--block", r.block, "NF4 quantization block")
+      ->group(adapter)
+      ->capture_default_str();
+  command.add_flag("--no-double-quant", r.no_double_quant, "keep NF4's absmax in F32")
+      ->group(adapter);
+  command
+      .add_option("--no-quant", r.no_quant, "regular expression: matrices that stay as they are")
       ->group(adapter);
   command.add_option("--head", r.head, "storage type of the output matrix")->group(adapter);
 
   const auto how = "Optimizer and schedule";
-  command.add_option("--lr,--learning-rate", r.lr, "default 2e-4; 1e-4 from 30B; 2e-5 for --method full")
-      ->group(how)->check(CLI::PositiveNumber);
-  command.add_option("--schedule,--lr-scheduler,--lr-scheduler-type", r.schedule, "cosine | linear | constant")
-      ->group(how)->check(CLI::IsMember({"cosine", "linear", "constant"}))->capture_default_str();
-  command.add_option("--warmup,--warmup-steps,--warmup-ratio", r.warmup,
-                     "steps when 1 or more, else share of the run")
-      ->group(how)->check(CLI::NonNegativeNumber)->capture_default_str();
-  command.add_option("--epochs,--num-epochs,--num-train-epochs", r.epochs, "default 3 below 10,000 rows, else 1")
-      ->group(how)->check(CLI::PositiveNumber);
+  command
+      .add_option("--lr,--learning-rate", r.lr,
+                  "default 2e-4; 1e-4 from 30B; 2e-5 for --method full")
+      ->group(how)
+      ->check(CLI::PositiveNumber);
+  command
+      .add_option("--schedule,--lr-scheduler,--lr-scheduler-type", r.schedule,
+                  "cosine | linear | constant")
+      ->group(how)
+      ->check(CLI::IsMember({"cosine", "linear", "constant"}))
+      ->capture_default_str();
+  command
+      .add_option("--warmup,--warmup-steps,--warmup-ratio", r.warmup,
+                  "steps when 1 or more, else share of the run")
+      ->group(how)
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command
+      .add_option("--epochs,--num-epochs,--num-train-epochs", r.epochs,
+                  "default 3 below 10,000 rows, else 1")
+      ->group(how)
+      ->check(CLI::PositiveNumber);
   command.add_option("--steps,--max-steps", r.steps, "optimizer steps, instead of --epochs")
-      ->group(how)->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 40));
-  command.add_option("--batch,--batch-size", r.batch, "rows (with --pack: packs) per optimizer step")
-      ->group(how)->check(CLI::Range(1, 1 << 20))->capture_default_str();
-  command.add_option("--micro-batch,--per-device-train-batch-size", r.micro_batch,
-                     "rows of --seq tokens that run at once; default: chosen for speed")
-      ->group(how)->check(CLI::Range(1, 1 << 20));
-  command.add_option("--gradient-accumulation-steps", r.accumulation,
-                     "microbatches per step: sets --micro-batch to --batch divided by it")
-      ->group(how)->check(CLI::Range(1, 1 << 20));
-  command.add_option("--seq,--max-length,--max-seq-length,--sequence-len", r.sequence,
-                     "most tokens of a row; default: the longest row, at most 4096 and the context")
-      ->group(how)->check(CLI::Range(2, 1 << 20));
-  command.add_flag("--pack,!--no-pack", r.pack, "fill --seq with several rows, which never see each other")
+      ->group(how)
+      ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 40));
+  command
+      .add_option("--batch,--batch-size", r.batch, "rows (with --pack: packs) per optimizer step")
+      ->group(how)
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  command
+      .add_option("--micro-batch,--per-device-train-batch-size", r.micro_batch,
+                  "rows of --seq tokens that run at once; default: chosen for speed")
+      ->group(how)
+      ->check(CLI::Range(1, 1 << 20));
+  command
+      .add_option("--gradient-accumulation-steps", r.accumulation,
+                  "microbatches per step: sets --micro-batch to --batch divided by it")
+      ->group(how)
+      ->check(CLI::Range(1, 1 << 20));
+  command
+      .add_option("--seq,--max-length,--max-seq-length,--sequence-len", r.sequence,
+                  "most tokens of a row; default: the longest row, at most 4096 and the context")
+      ->group(how)
+      ->check(CLI::Range(2, 1 << 20));
+  command
+      .add_flag("--pack,!--no-pack", r.pack,
+                "fill --seq with several rows, which never see each other")
       ->group(how);
-  command.add_flag("--group-by-length", r.group_by_length, "rows of similar length share a step")->group(how);
+  command.add_flag("--group-by-length", r.group_by_length, "rows of similar length share a step")
+      ->group(how);
   command.add_option("--order", r.order, "shuffle | as-is")
-      ->group(how)->check(CLI::IsMember({"shuffle", "as-is"}))->capture_default_str();
-  command.add_option("--optimizer,--optim", r.optimizer, "adamw")->group(how)->capture_default_str();
+      ->group(how)
+      ->check(CLI::IsMember({"shuffle", "as-is"}))
+      ->capture_default_str();
+  command.add_option("--optimizer,--optim", r.optimizer, "adamw")
+      ->group(how)
+      ->capture_default_str();
   command.add_option("--weight-decay", r.weight_decay, "of matrices")
-      ->group(how)->check(CLI::NonNegativeNumber)->capture_default_str();
+      ->group(how)
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
   command.add_option("--beta2,--adam-beta2", r.beta2, "of AdamW")
-      ->group(how)->check(CLI::Range(0.0, 0.9999999))->capture_default_str();
+      ->group(how)
+      ->check(CLI::Range(0.0, 0.9999999))
+      ->capture_default_str();
   command.add_option("--clip,--max-grad-norm", r.clip, "largest gradient norm; 0: no limit")
-      ->group(how)->check(CLI::NonNegativeNumber)->capture_default_str();
-  command.add_option("--seed", r.seed, "of adapter, row order and dropout")->group(how)->capture_default_str();
+      ->group(how)
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command.add_option("--seed", r.seed, "of adapter, row order and dropout")
+      ->group(how)
+      ->capture_default_str();
 
   const auto keep = "What is kept";
-  command.add_option("--eval-every,--eval-steps", r.eval_every, "steps between held-out losses; default: ten a run")
+  command
+      .add_option("--eval-every,--eval-steps", r.eval_every,
+                  "steps between held-out losses; default: ten a run")
       ->group(keep);
-  command.add_option("--save-every,--save-steps", r.save_every, "steps between checkpoints; default: ten a run")
+  command
+      .add_option("--save-every,--save-steps", r.save_every,
+                  "steps between checkpoints; default: ten a run")
       ->group(keep);
-  command.add_option("--keep-checkpoints,--save-total-limit", r.keep_checkpoints, "newest checkpoints to keep")
-      ->group(keep)->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  command
+      .add_option("--keep-checkpoints,--save-total-limit", r.keep_checkpoints,
+                  "newest checkpoints to keep")
+      ->group(keep)
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
 }
 
 nlohmann::ordered_json to_json(const Recipe& r) {
@@ -185,7 +266,8 @@ std::int64_t parse_size(const std::string& text, const std::string& flag) {
     factor = std::pow(rest == "B" ? 1000.0 : 1024.0, static_cast<double>(power + 1));
   }
   if (!known || number * factor > 1e18) {
-    throw Error(flag + " " + text + " is not a size; write 24G or 24GiB (binary), 24GB (decimal), "
+    throw Error(flag + " " + text +
+                " is not a size; write 24G or 24GiB (binary), 24GB (decimal), "
                 "512M, or bytes");
   }
   return static_cast<std::int64_t>(number * factor);

@@ -47,9 +47,9 @@ struct ReadData final : StateSource {
 };
 
 // What a run writes into its directory; nothing else there is ever removed.
-constexpr std::array<const char*, 9> kRunFiles = {"config.json", "log.jsonl",  "loss.png",
+constexpr std::array<const char*, 9> kRunFiles = {"config.json", "log.jsonl",    "loss.png",
                                                   "adapter",     "adapter.gguf", "checkpoints",
-                                                  "model.gguf",  "model", "events"};
+                                                  "model.gguf",  "model",        "events"};
 
 std::string stem(const std::string& path) {
   fs::path p(path.starts_with("random:") ? path.substr(7) : path);
@@ -72,7 +72,8 @@ RunDirectory::RunDirectory(const std::string& path, Open open) : path_(path) {
     for (const char* name : kRunFiles) fs::remove_all(fs::path(path_) / name, error);
   }
   if (open == Open::fresh && fs::exists(path_, error) && !fs::is_empty(path_, error)) {
-    throw Error(path_ + " is not empty: --resume goes on with the run in it, --overwrite replaces "
+    throw Error(path_ +
+                " is not empty: --resume goes on with the run in it, --overwrite replaces "
                 "it, or choose another --out");
   }
   fs::create_directories(fs::path(path_) / "checkpoints", error);

@@ -21,21 +21,37 @@ namespace {
 constexpr std::int64_t kDefaultContext = 2048;
 
 void add_common_flags(CLI::App& command, SamplingRequest& r) {
-  command.add_option("--model,-m", r.model, "Hugging Face directory, .gguf file, or tiny")->required();
-  command.add_option("--adapter", r.adapters, "PATH or PATH:SCALE, PEFT directory or GGUF; may be repeated");
-  command.add_option("--temperature,--temp", r.sample.temperature, "0: always the most likely token")
-      ->check(CLI::NonNegativeNumber)->capture_default_str();
+  command.add_option("--model,-m", r.model, "Hugging Face directory, .gguf file, or tiny")
+      ->required();
+  command
+      .add_option("--adapter", r.adapters,
+                  "PATH or PATH:SCALE, PEFT directory or GGUF; may be repeated")
+      ->take_all();
+  command
+      .add_option("--temperature,--temp", r.sample.temperature, "0: always the most likely token")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
   command.add_option("--top-p", r.sample.top_p)->check(CLI::Range(0.0, 1.0))->capture_default_str();
   command.add_option("--min-p", r.sample.min_p)->check(CLI::Range(0.0, 1.0))->capture_default_str();
-  command.add_option("--top-k", r.sample.top_k, "0: no limit")->check(CLI::NonNegativeNumber)->capture_default_str();
+  command.add_option("--top-k", r.sample.top_k, "0: no limit")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
   command.add_option("--seed", r.sample.seed)->capture_default_str();
   command.add_option("--max-tokens,-n", r.sample.max_tokens, "tokens to generate")
-      ->check(CLI::Range(1, 1 << 24))->capture_default_str();
-  command.add_option("--context,-c", r.context, "tokens of prompt and answer; default: the model's, at most 2048")
+      ->check(CLI::Range(1, 1 << 24))
+      ->capture_default_str();
+  command
+      .add_option("--context,-c", r.context,
+                  "tokens of prompt and answer; default: the model's, at most 2048")
       ->check(CLI::Range(2, 1 << 24));
-  command.add_option("--compute", r.compute, "f32 | bf16")->check(CLI::IsMember({"f32", "bf16"}))->capture_default_str();
-  command.add_option("--method", r.method, "lora: weights as they are | qlora: quantize to NF4 while loading")
-      ->check(CLI::IsMember({"lora", "qlora"}))->capture_default_str();
+  command.add_option("--compute", r.compute, "f32 | bf16")
+      ->check(CLI::IsMember({"f32", "bf16"}))
+      ->capture_default_str();
+  command
+      .add_option("--method", r.method,
+                  "lora: weights as they are | qlora: quantize to NF4 while loading")
+      ->check(CLI::IsMember({"lora", "qlora"}))
+      ->capture_default_str();
   command.add_option("--backend,--device", r.backend, "auto | cpu")->capture_default_str();
   command.add_option("--threads,-t", r.threads, "CPU threads; default: all cores");
 }
@@ -46,28 +62,34 @@ AdapterFile combine(const std::vector<std::string>& paths, const ModelConfig& co
   for (const std::string& text : paths) {
     std::string path = text;
     double factor = 1;
-    if (const std::size_t colon = text.rfind(':'); colon != std::string::npos && colon + 1 < text.size()) {
+    if (const std::size_t colon = text.rfind(':');
+        colon != std::string::npos && colon + 1 < text.size()) {
       std::size_t end = 0;
       try {
         factor = std::stod(text.substr(colon + 1), &end);
       } catch (const std::exception&) {
       }
-      if (end == text.size() - colon - 1) path = text.substr(0, colon); else factor = 1;
+      if (end == text.size() - colon - 1)
+        path = text.substr(0, colon);
+      else
+        factor = 1;
     }
     AdapterFile adapter = read_adapter(path, config);
     for (AdapterTensor& t : adapter.tensors) {
       const auto scale = static_cast<float>(factor * adapter.scale(t));
       for (float& b : t.b) b *= scale;
       t.alpha = static_cast<double>(t.rank);
-      const auto same = std::find_if(sum.tensors.begin(), sum.tensors.end(),
-                                     [&](const AdapterTensor& other) { return other.name == t.name; });
+      const auto same =
+          std::find_if(sum.tensors.begin(), sum.tensors.end(),
+                       [&](const AdapterTensor& other) { return other.name == t.name; });
       if (same == sum.tensors.end()) {
         sum.tensors.push_back(std::move(t));
         continue;
       }
       std::vector<float> b;
       for (std::int64_t row = 0; row < t.out; ++row) {
-        b.insert(b.end(), same->b.begin() + row * same->rank, same->b.begin() + (row + 1) * same->rank);
+        b.insert(b.end(), same->b.begin() + row * same->rank,
+                 same->b.begin() + (row + 1) * same->rank);
         b.insert(b.end(), t.b.begin() + row * t.rank, t.b.begin() + (row + 1) * t.rank);
       }
       same->a.insert(same->a.end(), t.a.begin(), t.a.end());
@@ -115,8 +137,9 @@ class Session {
     const std::int64_t most = loaded_->config().context;
     const std::int64_t context = r.context > 0 ? r.context : std::min(most, kDefaultContext);
     if (context > most) {
-      log << format("warning: --context %lld is more than the %lld tokens the model was trained for\n",
-                    static_cast<long long>(context), static_cast<long long>(most));
+      log << format(
+          "warning: --context %lld is more than the %lld tokens the model was trained for\n",
+          static_cast<long long>(context), static_cast<long long>(most));
     }
     decoder_ = std::make_unique<Decoder>(trainer_->runtime(), *model_, options.compute, context,
                                          loaded_->config().vocab);
@@ -196,7 +219,8 @@ void add_generate_flags(CLI::App& command, SamplingRequest& r) {
   auto* prompt = command.add_option("--prompt,-p", r.prompt, "text to continue");
   auto* prompts = command.add_option("--prompts", r.prompts, "file of {\"prompt\": TEXT} lines");
   prompt->excludes(prompts);
-  command.add_flag("--special", r.special, "text such as <|im_end|> in a prompt is the control token");
+  command.add_flag("--special", r.special,
+                   "text such as <|im_end|> in a prompt is the control token");
   command.add_flag("--json", r.json, "one JSON line a prompt: text, ids, logprobs");
 }
 
@@ -206,26 +230,29 @@ void add_chat_flags(CLI::App& command, SamplingRequest& r) {
 }
 
 int generate_command(const SamplingRequest& r, std::ostream& out, std::ostream& log) {
-  if (r.prompt.empty() && r.prompts.empty()) throw Error("generate needs --prompt TEXT or --prompts FILE");
+  if (r.prompt.empty() && r.prompts.empty())
+    throw Error("generate needs --prompt TEXT or --prompts FILE");
   Session session(r, log);
   for (const Prompt& prompt : read_prompts(r, session.tokenizer())) {
-    const Generation g =
-        generate(session.decoder(), session.tokenizer(), prompt.ids, r.sample,
-                 [&](const std::string& text) {
-                   if (!r.json) out << text << std::flush;
-                   return !os::interrupted();
-                 });
+    const Generation g = generate(session.decoder(), session.tokenizer(), prompt.ids, r.sample,
+                                  [&](const std::string& text) {
+                                    if (!r.json) out << text << std::flush;
+                                    return !os::interrupted();
+                                  });
     if (r.json) {
-      out << nlohmann::ordered_json{{"text", g.text}, {"ids", g.ids}, {"logprobs", g.logprobs}}.dump()
-          << "\n" << std::flush;
+      out << nlohmann::ordered_json{{"text", g.text}, {"ids", g.ids}, {"logprobs", g.logprobs}}
+                 .dump()
+          << "\n"
+          << std::flush;
     } else {
       out << "\n" << std::flush;
     }
-    log << format("%lld prompt tokens in %.2f s (%.0f tokens/s), %lld generated in %.2f s (%.1f tokens/s)\n",
-                  static_cast<long long>(prompt.ids.size()), g.prompt_seconds,
-                  static_cast<double>(prompt.ids.size()) / std::max(g.prompt_seconds, 1e-9),
-                  static_cast<long long>(g.ids.size()), g.seconds,
-                  static_cast<double>(g.ids.size()) / std::max(g.seconds + g.prompt_seconds * 0, 1e-9));
+    log << format(
+        "%lld prompt tokens in %.2f s (%.0f tokens/s), %lld generated in %.2f s (%.1f tokens/s)\n",
+        static_cast<long long>(prompt.ids.size()), g.prompt_seconds,
+        static_cast<double>(prompt.ids.size()) / std::max(g.prompt_seconds, 1e-9),
+        static_cast<long long>(g.ids.size()), g.seconds,
+        static_cast<double>(g.ids.size()) / std::max(g.seconds + g.prompt_seconds * 0, 1e-9));
     if (os::interrupted()) return 130;
   }
   return 0;

@@ -24,8 +24,8 @@ suite() {
 configure build -Dwerror=true
 suite build
 if [ "${1:-}" != --quick ]; then
-  configure build-sanitize -Dwerror=true -Dbuildtype=debugoptimized -Db_ndebug=false \
-    -Db_sanitize=address,undefined -Db_lundef=false -Dtests_only=true
+  configure build-sanitize -Dwerror=true -Doptimization=1 -Ddebug=true -Db_ndebug=false \
+    -Db_sanitize=address,undefined -Db_lundef=false
   UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 ASAN_OPTIONS=detect_leaks=1 suite build-sanitize
 fi
 echo "$passed passed, $failed failed"

@@ -40,7 +40,10 @@ void show_row(const Row& row, const Tokenizer& tokenizer, bool json, std::ostrea
   if (json) {
     Json pieces = Json::array();
     for (const std::int32_t id : row.ids) pieces.push_back(tokenizer.piece(id));
-    out << dump({{"source", row.source}, {"ids", row.ids}, {"trained", row.trained}, {"pieces", pieces}})
+    out << dump({{"source", row.source},
+                 {"ids", row.ids},
+                 {"trained", row.trained},
+                 {"pieces", pieces}})
         << "\n";
     return;
   }
@@ -55,12 +58,17 @@ void add_tokens_flags(CLI::App& command, TokensRequest& r) {
   command.alias("data");
   command.add_option("--model,-m", r.model, "whose tokenizer")->required();
   auto* text = command.add_option("--text", r.text, "show the tokens of this text");
-  auto* data = command.add_option("--data,-d", r.data, "show rows of these files");
+  auto* data = command.add_option("--data,-d", r.data, "show rows of these files")->take_all();
   text->excludes(data);
   command.add_flag("--special", r.special, "text such as <|im_end|> is the control token");
-  command.add_option("--rows", r.rows, "how many rows to show")->check(CLI::NonNegativeNumber)->capture_default_str();
-  command.add_option("--format", r.format)->check(CLI::IsMember({"alpaca", "completion", "messages", "text"}));
-  command.add_option("--train-on", r.train_on)->check(CLI::IsMember({"auto", "all", "completion", "assistant"}))->capture_default_str();
+  command.add_option("--rows", r.rows, "how many rows to show")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command.add_option("--format", r.format)
+      ->check(CLI::IsMember({"alpaca", "completion", "messages", "text"}));
+  command.add_option("--train-on", r.train_on)
+      ->check(CLI::IsMember({"auto", "all", "completion", "assistant"}))
+      ->capture_default_str();
   command.add_option("--seq", r.sequence, "most tokens of a row; default: no limit");
   command.add_flag("--truncate", r.truncate, "cut longer rows instead of refusing them");
   command.add_flag("--skip-bad", r.skip_bad, "count malformed rows and go on");

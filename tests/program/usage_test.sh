@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# What goes wrong is said in one line with the right exit status, and nothing is lost.
+. "$(dirname "$0")/lib.sh"
+rows=models/tiny/instructions.jsonl
+finetune=("$nibble" finetune --model tiny --out "$scratch/run")
+
+check "an unknown flag suggests the nearest" exits 2 "did you mean --rank" "${finetune[@]}" --data $rows --rnak 4
+check "an unknown command suggests the nearest" exits 2 "did you mean nibble finetune" "$nibble" finetun
+check "a missing flag" exits 2 "--data" "$nibble" finetune --model tiny
+check "a missing model" exits 1 "no such file" "$nibble" finetune --model nowhere.gguf --data $rows --out "$scratch/run"
+check "a missing data file" exits 1 "nowhere.jsonl" "${finetune[@]}" --data nowhere.jsonl
+check "an unknown backend says what there is" exits 1 "cpu" "${finetune[@]}" --data $rows --backend tpu
+check "unknown targets say what there is" exits 1 "q_proj" "${finetune[@]}" --data $rows --targets nothing
+check "a quantized model cannot be trained in full" exits 1 "gguf-convert" "${finetune[@]}" --data $rows --method full
+check "a run that does not fit says so first" exits 1 "does not fit" "${finetune[@]}" --data $rows --memory 1M
+check "and writes nothing" test ! -e "$scratch/run"
+check "sizes are parsed or refused" exits 1 "is not a size" "${finetune[@]}" --data $rows --memory lots
+
+printf '{"instruction": "a", "output": "b"}\n{"instruction": "a"}\nnot json\n' >"$scratch/bad.jsonl"
+check "a bad row names file, line and field" exits 1 'bad.jsonl:2: .*"output" is missing' "${finetune[@]}" --data "$scratch/bad.jsonl"
+check "bad rows can be skipped and are counted" exits 0 "2 bad rows skipped" "${finetune[@]}" --data "$scratch/bad.jsonl" --skip-bad --eval-split 0 --dry-run
+: >"$scratch/empty.jsonl"
+check "an empty file" exits 1 "empty.jsonl" "${finetune[@]}" --data "$scratch/empty.jsonl"
+
+check "dry run" exits 0 "EOS is trained: yes" "${finetune[@]}" --data $rows --dry-run
+check "a dry run writes nothing" test ! -e "$scratch/run"
+check "a short run" "${finetune[@]}" --data $rows --steps 2 --rank 2 --batch 2 2>/dev/null >"$scratch/report"
+check "ends with the answers" grep -q "after" "$scratch/report"
+check "allocates what was planned" grep -q "equal to the byte" "$scratch/report"
+check "a picture" test -s "$scratch/run/loss.png"
+check "a directory in use is refused" exits 1 "is not empty" "${finetune[@]}" --data $rows --steps 2
+check "resume without a checkpoint says so" exits 0 "no checkpoint" "$nibble" finetune --model tiny --data $rows --steps 1 --rank 2 --batch 2 --out "$scratch/new" --resume
+
+check "generate with the adapter" "$nibble" generate -m tiny --adapter "$scratch/run/adapter" -p "The cow says" -n 4 2>/dev/null >"$scratch/text"
+check "generate as JSON" grep -q '"logprobs"' <("$nibble" generate -m tiny -p "The cow" -n 4 --json 2>/dev/null)
+check "tokens of a text" grep -q '"ids"' <("$nibble" tokens -m tiny --text "The cow" --json)
+check "rows as the trainer sees them" grep -q "EOS is trained in 296 rows" <("$nibble" tokens -m tiny --data $rows)
+check "inspect a model" grep -q '"kind":"model"' <("$nibble" inspect tiny --json)
+check "inspect an adapter" grep -q "LoRA adapter, 28 linears" <("$nibble" inspect "$scratch/run/adapter.gguf")
+check "fit as JSON" grep -q '"fits":true' <("$nibble" fit --model tiny --data $rows --json 2>/dev/null)
+check "version" grep -q "^nibble [0-9]" <("$nibble" --version)
+finish
