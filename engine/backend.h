@@ -31,9 +31,13 @@ struct OpCall {
   void* scratch = nullptr;
 
   template <class T>
-  const T* input(int i) const { return static_cast<const T*>(in[static_cast<std::size_t>(i)]); }
+  const T* input(int i) const {
+    return static_cast<const T*>(in[static_cast<std::size_t>(i)]);
+  }
   template <class T>
-  T* output(int i) const { return static_cast<T*>(out[static_cast<std::size_t>(i)]); }
+  T* output(int i) const {
+    return static_cast<T*>(out[static_cast<std::size_t>(i)]);
+  }
   // Ops that update several inputs in place (adamw) write through their inputs.
   template <class T>
   T* mutable_input(int i) const {
@@ -46,7 +50,7 @@ struct BackendInfo {
   std::string description;  // for people: processor, instruction set, threads
   std::int64_t alignment;   // of every buffer and arena offset, bytes
   std::int64_t plane_alignment;
-  bool reads_host_memory;   // leaves may be bound to ordinary host addresses, such as a mapped file
+  bool reads_host_memory;  // leaves may be bound to ordinary host addresses, such as a mapped file
 };
 
 // A block of backend memory; released on destruction.

@@ -20,9 +20,27 @@
 namespace nibble {
 
 enum class DType : std::uint8_t {
-  F64, F32, BF16, F16, I64, I32, I8, U8,                     // plain
-  NF4, FP4, INT4,                                            // planes
-  Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K,  // ggml blocks, read only
+  F64,
+  F32,
+  BF16,
+  F16,
+  I64,
+  I32,
+  I8,
+  U8,  // plain
+  NF4,
+  FP4,
+  INT4,  // planes
+  Q4_0,
+  Q4_1,
+  Q5_0,
+  Q5_1,
+  Q8_0,
+  Q2_K,
+  Q3_K,
+  Q4_K,
+  Q5_K,
+  Q6_K,  // ggml blocks, read only
 };
 
 struct DTypeInfo {
@@ -47,11 +65,11 @@ class Shape {
   explicit Shape(std::span<const std::int64_t> extents);
   int rank() const { return rank_; }
   std::int64_t operator[](int axis) const { return extents_[axis]; }
-  std::int64_t elements() const;            // product; throws ShapeError past 2^62
-  std::int64_t rows() const;                // product of all but the last extent
+  std::int64_t elements() const;  // product; throws ShapeError past 2^62
+  std::int64_t rows() const;      // product of all but the last extent
   std::int64_t cols() const { return rank_ == 0 ? 1 : extents_[rank_ - 1]; }
   bool operator==(const Shape&) const = default;
-  std::string str() const;                  // "[512, 2048]"
+  std::string str() const;  // "[512, 2048]"
 
  private:
   std::array<std::int64_t, 4> extents_{};
@@ -60,9 +78,9 @@ class Shape {
 
 // How a plane type was quantized. Ignored by the other families.
 struct QuantParams {
-  std::int32_t block = 64;      // elements that share one absmax: a power of two, 32..4096
-  bool double_quant = true;     // absmax itself is stored in 8 bits
-  bool custom_map = false;      // the 8-bit absmax uses a map of its own, stored as a fifth plane
+  std::int32_t block = 64;   // elements that share one absmax: a power of two, 32..4096
+  bool double_quant = true;  // absmax itself is stored in 8 bits
+  bool custom_map = false;   // the 8-bit absmax uses a map of its own, stored as a fifth plane
   bool operator==(const QuantParams&) const = default;
 };
 

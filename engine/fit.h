@@ -12,8 +12,8 @@ struct FitReport {
     std::string name;
     std::int64_t bytes;
   };
-  std::vector<Line> device;  // allocated from the backend: exactly these bytes
-  std::vector<Line> host;    // beside it: mapped weights, files on disk
+  std::vector<Line> device;       // allocated from the backend: exactly these bytes
+  std::vector<Line> host;         // beside it: mapped weights, files on disk
   std::int64_t budget_bytes = 0;  // of the device lines; 0: no limit was given
   std::string storage;            // the rung that was chosen
 

@@ -9,7 +9,8 @@ namespace nibble {
 
 Graph::Graph(DType compute) : compute_(compute) {
   if (compute != DType::F64 && compute != DType::F32 && compute != DType::BF16) {
-    throw ShapeError("a graph computes in F64, F32 or BF16, not " + std::string(nibble::name(compute)));
+    throw ShapeError("a graph computes in F64, F32 or BF16, not " +
+                     std::string(nibble::name(compute)));
   }
 }
 

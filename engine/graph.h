@@ -67,10 +67,10 @@ struct Node {
   NodeKind kind = NodeKind::op;
   OpId op = OpId::count;
   std::uint8_t n_inputs = 0, n_outputs = 0;
-  bool needs_grad = false;    // a parameter, or an op with such an input
-  std::int32_t segment = -1;  // index into segments(), -1: none
-  std::int32_t clone_of = -1; // the node this one recomputes
-  std::int32_t name = -1;     // leaves: index into the graph's names
+  bool needs_grad = false;     // a parameter, or an op with such an input
+  std::int32_t segment = -1;   // index into segments(), -1: none
+  std::int32_t clone_of = -1;  // the node this one recomputes
+  std::int32_t name = -1;      // leaves: index into the graph's names
   std::array<Ref, kMaxInputs> inputs;
   std::array<TensorType, kMaxOutputs> outputs;
   alignas(8) std::array<std::byte, kParamBytes> params{};
@@ -86,9 +86,9 @@ struct Node {
 
 // Which values of a segment are kept for the backward pass. Dropped ones are recomputed on demand.
 enum class Rung : std::uint8_t {
-  store,      // keep everything
-  cheap,      // drop what ops marked cheap produce: norms, SwiGLU, RoPE
-  block,      // keep only what is read from outside the segment
+  store,  // keep everything
+  cheap,  // drop what ops marked cheap produce: norms, SwiGLU, RoPE
+  block,  // keep only what is read from outside the segment
 };
 
 struct Segment {

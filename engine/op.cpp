@@ -30,7 +30,8 @@ OpCall describe(const Graph& graph, std::int32_t id) {
   call.n_inputs = node.n_inputs;
   call.n_outputs = node.n_outputs;
   for (int i = 0; i < node.n_inputs; ++i) {
-    call.in_types[static_cast<std::size_t>(i)] = graph.type(node.inputs[static_cast<std::size_t>(i)]);
+    call.in_types[static_cast<std::size_t>(i)] =
+        graph.type(node.inputs[static_cast<std::size_t>(i)]);
   }
   for (int i = 0; i < node.n_outputs; ++i) {
     call.out_types[static_cast<std::size_t>(i)] = node.outputs[static_cast<std::size_t>(i)];

@@ -15,10 +15,9 @@ inline PhiloxBlock philox(std::uint64_t key, PhiloxBlock counter) {
   auto k0 = static_cast<std::uint32_t>(key), k1 = static_cast<std::uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {
     const std::uint64_t p0 = 0xD2511F53ull * counter[0], p1 = 0xCD9E8D57ull * counter[2];
-    counter = {static_cast<std::uint32_t>(p1 >> 32) ^ counter[1] ^ k0,
-               static_cast<std::uint32_t>(p1),
-               static_cast<std::uint32_t>(p0 >> 32) ^ counter[3] ^ k1,
-               static_cast<std::uint32_t>(p0)};
+    counter = {
+        static_cast<std::uint32_t>(p1 >> 32) ^ counter[1] ^ k0, static_cast<std::uint32_t>(p1),
+        static_cast<std::uint32_t>(p0 >> 32) ^ counter[3] ^ k1, static_cast<std::uint32_t>(p0)};
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
@@ -33,9 +32,9 @@ inline float uniform(std::uint32_t bits) {
 // Standard normal number `index` of the stream (key, stream): Box-Muller on one philox block.
 inline float philox_normal(std::uint64_t key, std::uint64_t stream, std::uint64_t index) {
   const std::uint64_t pair = index / 2;
-  const PhiloxBlock r = philox(
-      key, {static_cast<std::uint32_t>(pair), static_cast<std::uint32_t>(pair >> 32),
-            static_cast<std::uint32_t>(stream), static_cast<std::uint32_t>(stream >> 32)});
+  const PhiloxBlock r =
+      philox(key, {static_cast<std::uint32_t>(pair), static_cast<std::uint32_t>(pair >> 32),
+                   static_cast<std::uint32_t>(stream), static_cast<std::uint32_t>(stream >> 32)});
   const double radius = std::sqrt(-2.0 * std::log(static_cast<double>(uniform(r[0]))));
   const double angle = 6.283185307179586 * static_cast<double>(uniform(r[1]));
   return static_cast<float>(radius * (index % 2 == 0 ? std::cos(angle) : std::sin(angle)));

@@ -125,7 +125,8 @@ class Planner {
     const Placement placement = place(lifetimes_, alignment_);
     plan_.arena_bytes = placement.bytes;
     plan_.lower_bound_bytes = placement.lower_bound;
-    for (const Lifetime& life : lifetimes_) plan_.unshared_bytes += round_up(life.bytes, alignment_);
+    for (const Lifetime& life : lifetimes_)
+      plan_.unshared_bytes += round_up(life.bytes, alignment_);
     for (const std::int32_t id : plan_.steps) {
       for (int output = 0; output < graph_.node(id).n_outputs; ++output) {
         Location& location = plan_.locations[index(id)][index(output)];

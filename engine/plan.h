@@ -21,9 +21,9 @@ struct Location {
 
 struct Plan {
   const Graph* graph = nullptr;
-  std::vector<std::int32_t> steps;                                   // node ids, ascending
-  std::vector<std::array<Location, Node::kMaxOutputs>> locations;    // by node
-  std::vector<std::int64_t> scratch;                                 // by node: arena offset, or -1
+  std::vector<std::int32_t> steps;                                 // node ids, ascending
+  std::vector<std::array<Location, Node::kMaxOutputs>> locations;  // by node
+  std::vector<std::int64_t> scratch;                               // by node: arena offset, or -1
   std::int64_t arena_bytes = 0;
   std::int64_t lower_bound_bytes = 0;  // no placement can be smaller
   std::int64_t unshared_bytes = 0;     // if no two values ever shared memory

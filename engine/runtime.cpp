@@ -56,8 +56,7 @@ void Runtime::allocate() {
   std::byte* next_input = inputs_->data();
   std::byte* next_state = states_->data();
   for (auto& [name, leaf] : leaves_) {
-    if (const auto found = bound_.find(name);
-        found != bound_.end() && found->second != nullptr) {
+    if (const auto found = bound_.find(name); found != bound_.end() && found->second != nullptr) {
       leaf.address = found->second;
       leaf.bound = true;
       continue;
@@ -75,7 +74,8 @@ void Runtime::allocate() {
     bindings.leaves.resize(static_cast<std::size_t>(p.graph->size()));
     for (std::int32_t id = 0; id < p.graph->size(); ++id) {
       if (p.graph->node(id).kind != NodeKind::op) {
-        bindings.leaves[static_cast<std::size_t>(id)] = leaves_.find(p.graph->name(id))->second.address;
+        bindings.leaves[static_cast<std::size_t>(id)] =
+            leaves_.find(p.graph->name(id))->second.address;
       }
     }
     p.executable = backend_.compile(p.plan, bindings);
@@ -113,7 +113,8 @@ void Runtime::read(int program, Ref ref, std::span<std::byte> out) const {
     case Location::Kind::leaf:
       backend_.download(out, leaf(p.graph->name(location.leaf), out.size()).address);
       return;
-    case Location::Kind::none: break;
+    case Location::Kind::none:
+      break;
   }
   throw Error("%" + std::to_string(ref.node) + " was not kept: keep() it before planning");
 }
@@ -131,14 +132,30 @@ std::vector<std::byte> encode(const TensorType& type, std::span<const double> va
     }
   };
   switch (type.dtype) {
-    case DType::F64: each([](double v) { return v; }); break;
-    case DType::F32: each([](double v) { return static_cast<float>(v); }); break;
-    case DType::BF16: each([](double v) { return to_bf16(static_cast<float>(v)); }); break;
-    case DType::F16: each([](double v) { return to_f16(static_cast<float>(v)); }); break;
-    case DType::I64: each([](double v) { return static_cast<std::int64_t>(v); }); break;
-    case DType::I32: each([](double v) { return static_cast<std::int32_t>(v); }); break;
-    case DType::I8: each([](double v) { return static_cast<std::int8_t>(v); }); break;
-    case DType::U8: each([](double v) { return static_cast<std::uint8_t>(v); }); break;
+    case DType::F64:
+      each([](double v) { return v; });
+      break;
+    case DType::F32:
+      each([](double v) { return static_cast<float>(v); });
+      break;
+    case DType::BF16:
+      each([](double v) { return to_bf16(static_cast<float>(v)); });
+      break;
+    case DType::F16:
+      each([](double v) { return to_f16(static_cast<float>(v)); });
+      break;
+    case DType::I64:
+      each([](double v) { return static_cast<std::int64_t>(v); });
+      break;
+    case DType::I32:
+      each([](double v) { return static_cast<std::int32_t>(v); });
+      break;
+    case DType::I8:
+      each([](double v) { return static_cast<std::int8_t>(v); });
+      break;
+    case DType::U8:
+      each([](double v) { return static_cast<std::uint8_t>(v); });
+      break;
     default: {
       const std::vector<float> narrow(values.begin(), values.end());
       quantize(type, narrow, out);
@@ -159,11 +176,21 @@ std::vector<double> decode(const TensorType& type, const std::byte* data) {
   };
   const auto same = [](auto v) { return v; };
   switch (type.dtype) {
-    case DType::F64: each(same, 0.0); break;
-    case DType::I64: each(same, std::int64_t{}); break;
-    case DType::I32: each(same, std::int32_t{}); break;
-    case DType::I8: each(same, std::int8_t{}); break;
-    case DType::U8: each(same, std::uint8_t{}); break;
+    case DType::F64:
+      each(same, 0.0);
+      break;
+    case DType::I64:
+      each(same, std::int64_t{});
+      break;
+    case DType::I32:
+      each(same, std::int32_t{});
+      break;
+    case DType::I8:
+      each(same, std::int8_t{});
+      break;
+    case DType::U8:
+      each(same, std::uint8_t{});
+      break;
     default: {
       std::vector<float> values(out.size());
       dequantize(type, data, 0, values);
@@ -184,8 +211,8 @@ std::vector<std::vector<double>> eval(Backend& backend, Graph& graph,
   for (std::int32_t id = 0; id < graph.size(); ++id) {
     const Node& n = graph.node(id);
     if (n.kind == NodeKind::op) continue;
-    buffers.push_back(backend.allocate(
-        std::max<std::int64_t>(bytes(n.outputs[0]), 1), graph.name(id)));
+    buffers.push_back(
+        backend.allocate(std::max<std::int64_t>(bytes(n.outputs[0]), 1), graph.name(id)));
     bindings.leaves[static_cast<std::size_t>(id)] = buffers.back()->data();
     const auto feed = feeds.find(graph.name(id));
     if (feed != feeds.end()) {

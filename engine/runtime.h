@@ -69,7 +69,7 @@ class Runtime {
     NodeKind kind;
     std::int64_t bytes = 0;  // largest over the programs
     std::byte* address = nullptr;
-    bool bound = false;      // by the caller
+    bool bound = false;  // by the caller
   };
   std::int64_t unbound_bytes(NodeKind kind) const;
   const Leaf& leaf(std::string_view name, std::size_t bytes) const;

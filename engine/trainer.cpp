@@ -133,9 +133,15 @@ FitReport Trainer::fit() const {
   report.device.push_back({"inputs", runtime_.input_bytes() + runtime_.state_bytes() +
                                          round_up(block_table_bytes(), alignment)});
   switch (options_.rung) {
-    case Rung::store: report.storage = "store"; break;
-    case Rung::cheap: report.storage = "cheap"; break;
-    case Rung::block: report.storage = "block"; break;
+    case Rung::store:
+      report.storage = "store";
+      break;
+    case Rung::cheap:
+      report.storage = "cheap";
+      break;
+    case Rung::block:
+      report.storage = "block";
+      break;
   }
   return report;
 }
@@ -357,9 +363,9 @@ double Trainer::plan_ratio() const {
   for (const std::vector<Program>* programs : {&micro_, &evaluate_}) {
     for (const Program& p : *programs) {
       const Plan& plan = runtime_.plan(p.number);
-      worst = std::max(worst, static_cast<double>(plan.arena_bytes) /
-                                  static_cast<double>(std::max<std::int64_t>(
-                                      plan.lower_bound_bytes, 1)));
+      worst = std::max(worst,
+                       static_cast<double>(plan.arena_bytes) /
+                           static_cast<double>(std::max<std::int64_t>(plan.lower_bound_bytes, 1)));
     }
   }
   return worst;

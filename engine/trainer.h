@@ -44,7 +44,7 @@ struct Microbatch {
 struct TrainerOptions {
   DType compute = DType::F32;
   Rung rung = Rung::store;
-  std::vector<std::int64_t> buckets = {512};  // rows of a microbatch, ascending
+  std::vector<std::int64_t> buckets = {512};                  // rows of a microbatch, ascending
   double beta1 = 0.9, beta2 = 0.999, eps = 1e-8, clip = 1.0;  // clip 0: none
   std::uint64_t seed = 0;
   bool training = true;  // false: evaluation programs only, no gradients and moments

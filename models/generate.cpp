@@ -97,7 +97,8 @@ void Decoder::run(const Program& program, std::span<const std::int32_t> tokens) 
 const std::vector<float>& Decoder::append(std::span<const std::int32_t> tokens) {
   if (tokens.empty()) throw Error("there is no token to continue from: the prompt is empty");
   if (position_ + static_cast<std::int64_t>(tokens.size()) > context_) {
-    throw Error("the context of " + std::to_string(context_) + " tokens is full; --context sets it");
+    throw Error("the context of " + std::to_string(context_) +
+                " tokens is full; --context sets it");
   }
   const Program* ran = nullptr;
   while (!tokens.empty()) {
@@ -122,8 +123,8 @@ std::int32_t choose_token(std::span<const float> logits, const SampleOptions& op
     const auto kept = candidates(logits, options);
     double total = 0;
     for (const auto& [weight, id] : kept) total += weight;
-    const PhiloxBlock r = philox(options.seed ^ kSampleStream,
-                                 {static_cast<std::uint32_t>(index), 0, 0, 0});
+    const PhiloxBlock r =
+        philox(options.seed ^ kSampleStream, {static_cast<std::uint32_t>(index), 0, 0, 0});
     double left = static_cast<double>(uniform(r[0])) * total;
     chosen = kept.back().second;
     for (const auto& [weight, id] : kept) {

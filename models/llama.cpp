@@ -36,7 +36,8 @@ Llama::Llama(ModelConfig config, std::map<std::string, TensorType> weights,
   for (const std::string& target : lora_->targets) {
     const auto& known = llama_linears();
     if (std::find(known.begin(), known.end(), target) == known.end()) {
-      throw Unsupported("LoRA on \"" + target + "\": a llama block has attn_q, attn_k, attn_v, "
+      throw Unsupported("LoRA on \"" + target +
+                        "\": a llama block has attn_q, attn_k, attn_v, "
                         "attn_output, ffn_gate, ffn_up and ffn_down");
     }
   }
@@ -70,8 +71,7 @@ ParameterTable Llama::parameters() const {
   if (!lora_) return table;
   for (std::int64_t block = 0; block < config_.layers; ++block) {
     for (const std::string& linear : llama_linears()) {
-      if (std::find(lora_->targets.begin(), lora_->targets.end(), linear) ==
-          lora_->targets.end()) {
+      if (std::find(lora_->targets.begin(), lora_->targets.end(), linear) == lora_->targets.end()) {
         continue;
       }
       const Shape& shape = weights_.at(block_name(block, linear + ".weight")).shape;
@@ -123,8 +123,10 @@ Tensor Llama::linear_layer(Graph& graph, Tensor x, std::int64_t block, int linea
     return linear(x, w);
   }
   const Shape& shape = w.shape();
-  const Tensor a = graph.parameter(name + ".lora_a", {graph.compute(), {lora_->rank, shape[1]}, {}});
-  const Tensor b = graph.parameter(name + ".lora_b", {graph.compute(), {shape[0], lora_->rank}, {}});
+  const Tensor a =
+      graph.parameter(name + ".lora_a", {graph.compute(), {lora_->rank, shape[1]}, {}});
+  const Tensor b =
+      graph.parameter(name + ".lora_b", {graph.compute(), {shape[0], lora_->rank}, {}});
   LoraDropout dropout;
   if (inputs != nullptr && inputs->training && lora_->dropout > 0) {
     dropout = {static_cast<float>(lora_->dropout), adapter_number(block, linear_number),
@@ -171,7 +173,8 @@ Tensor Llama::build_loss(Graph& graph, const LossInputs& inputs) const {
     graph.end_segment();
   }
   x = rms_norm(x, weight(graph, "output_norm.weight"), static_cast<float>(config_.rms_eps));
-  const Tensor head = weight(graph, config_.tied_embeddings ? "token_embd.weight" : "output.weight");
+  const Tensor head =
+      weight(graph, config_.tied_embeddings ? "token_embd.weight" : "output.weight");
   return linear_cross_entropy(x, head, inputs.labels, inputs.loss_rows, inputs.training);
 }
 
@@ -183,17 +186,16 @@ Tensor Llama::build_logits(Graph& graph, const DecodeInputs& inputs, std::int64_
   for (std::int64_t block = 0; block < config_.layers; ++block) {
     x = decoder_block(
         graph, x, inputs.positions, block, nullptr, [&](Tensor q, Tensor k, Tensor v) {
-          const Tensor keys =
-              kv_append(graph.state(block_name(block, "cache_k"), cache_type), k, inputs.position,
-                        head_dim);
-          const Tensor values =
-              kv_append(graph.state(block_name(block, "cache_v"), cache_type), v, inputs.position,
-                        head_dim);
+          const Tensor keys = kv_append(graph.state(block_name(block, "cache_k"), cache_type), k,
+                                        inputs.position, head_dim);
+          const Tensor values = kv_append(graph.state(block_name(block, "cache_v"), cache_type), v,
+                                          inputs.position, head_dim);
           return attention_cached(q, keys, values, inputs.position, head_dim, scale);
         });
   }
   x = rms_norm(x, weight(graph, "output_norm.weight"), static_cast<float>(config_.rms_eps));
-  const Tensor head = weight(graph, config_.tied_embeddings ? "token_embd.weight" : "output.weight");
+  const Tensor head =
+      weight(graph, config_.tied_embeddings ? "token_embd.weight" : "output.weight");
   return linear_stat(embedding(inputs.last, x), head);
 }
 

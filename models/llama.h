@@ -33,8 +33,8 @@ class Llama final : public Model {
  public:
   // `weights` are the storage types by GGUF name. With `train_weights` every weight is a parameter
   // (full finetuning) and `lora` must be empty.
-  Llama(ModelConfig config, std::map<std::string, TensorType> weights,
-        std::optional<LoraSpec> lora, bool train_weights);
+  Llama(ModelConfig config, std::map<std::string, TensorType> weights, std::optional<LoraSpec> lora,
+        bool train_weights);
 
   ParameterTable parameters() const override;
   Tensor build_loss(Graph& graph, const LossInputs& inputs) const override;

@@ -118,9 +118,8 @@ void LoadedModel::reserve(Runtime& runtime, const Llama& model) {
   runtime.bind("rope_frequencies", buffer_->data() + frequencies_offset_);
   for (const Weight& w : weights_) {
     // Weights are never written through their address: the graph has no op that could.
-    std::byte* address =
-        w.mapped ? const_cast<std::byte*>(checkpoint_->mapped(*w.source).data())
-                 : buffer_->data() + w.offset;
+    std::byte* address = w.mapped ? const_cast<std::byte*>(checkpoint_->mapped(*w.source).data())
+                                  : buffer_->data() + w.offset;
     runtime.bind(w.source->name, address);
   }
 }

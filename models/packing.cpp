@@ -15,10 +15,10 @@ constexpr std::uint64_t kShuffleStream = hash_name("row order");
 
 // An integer in [0, n) from 64 random bits; the bias is below n / 2^64.
 std::uint64_t below(std::uint64_t n, std::uint64_t seed, std::uint64_t epoch, std::uint64_t i) {
-  const PhiloxBlock r = philox(seed ^ kShuffleStream,
-                               {static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(i >> 32),
-                                static_cast<std::uint32_t>(epoch),
-                                static_cast<std::uint32_t>(epoch >> 32)});
+  const PhiloxBlock r =
+      philox(seed ^ kShuffleStream,
+             {static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(i >> 32),
+              static_cast<std::uint32_t>(epoch), static_cast<std::uint32_t>(epoch >> 32)});
   return ((static_cast<std::uint64_t>(r[0]) << 32) | r[1]) % n;
 }
 
@@ -48,8 +48,7 @@ std::vector<std::int32_t> Schedule::epoch_order(std::int64_t epoch) const {
   std::iota(order.begin(), order.end(), 0);
   if (options_.shuffle) {
     for (std::size_t i = order.size(); i > 1; --i) {
-      std::swap(order[i - 1],
-                order[below(i, options_.seed, static_cast<std::uint64_t>(epoch), i)]);
+      std::swap(order[i - 1], order[below(i, options_.seed, static_cast<std::uint64_t>(epoch), i)]);
     }
   }
   if (options_.group_by_length) {
@@ -57,12 +56,11 @@ std::vector<std::int32_t> Schedule::epoch_order(std::int64_t epoch) const {
     const auto group = static_cast<std::size_t>(50 * options_.batch);
     for (std::size_t begin = 0; begin < order.size(); begin += group) {
       const std::size_t end = std::min(order.size(), begin + group);
-      std::stable_sort(order.begin() + static_cast<std::ptrdiff_t>(begin),
-                       order.begin() + static_cast<std::ptrdiff_t>(end),
-                       [&](std::int32_t a, std::int32_t b) {
-                         return lengths_[static_cast<std::size_t>(a)] >
-                                lengths_[static_cast<std::size_t>(b)];
-                       });
+      std::stable_sort(
+          order.begin() + static_cast<std::ptrdiff_t>(begin),
+          order.begin() + static_cast<std::ptrdiff_t>(end), [&](std::int32_t a, std::int32_t b) {
+            return lengths_[static_cast<std::size_t>(a)] > lengths_[static_cast<std::size_t>(b)];
+          });
     }
   }
   return order;
@@ -133,8 +131,8 @@ std::vector<std::int64_t> choose_buckets(std::vector<std::int64_t> sizes, std::i
   std::sort(sizes.begin(), sizes.end());
   std::vector<std::int64_t> buckets = {round_up(capacity, kBucketStep)};
   for (int i = 1; i < count && !sizes.empty(); ++i) {
-    const std::size_t quantile = sizes.size() * static_cast<std::size_t>(i) /
-                                 static_cast<std::size_t>(count);
+    const std::size_t quantile =
+        sizes.size() * static_cast<std::size_t>(i) / static_cast<std::size_t>(count);
     buckets.push_back(round_up(sizes[quantile], kBucketStep));
   }
   std::sort(buckets.begin(), buckets.end());
@@ -181,8 +179,8 @@ std::vector<PackedBatch> make_microbatches(std::span<const Row* const> rows,
   for (const std::vector<std::int32_t>& bin : fill_bins(sizes, buckets.back())) {
     std::int64_t total = 0;
     for (const std::int32_t member : bin) total += sizes[static_cast<std::size_t>(member)];
-    const auto bucket = std::find_if(buckets.begin(), buckets.end(),
-                                     [&](std::int64_t b) { return b >= total; });
+    const auto bucket =
+        std::find_if(buckets.begin(), buckets.end(), [&](std::int64_t b) { return b >= total; });
     batches.push_back({make_microbatch(rows, bin, ordinals, *bucket), bin});
   }
   return batches;

@@ -16,12 +16,12 @@
 namespace nibble {
 
 struct ScheduleOptions {
-  std::int64_t batch = 16;     // units per step
-  std::int64_t sequence = 0;   // tokens of a pack; only with pack
+  std::int64_t batch = 16;    // units per step
+  std::int64_t sequence = 0;  // tokens of a pack; only with pack
   bool pack = false;
   bool shuffle = true;
   bool group_by_length = false;
-  double epochs = 1;           // ignored when steps > 0
+  double epochs = 1;  // ignored when steps > 0
   std::int64_t steps = 0;
   std::uint64_t seed = 0;
 };
@@ -40,8 +40,8 @@ class Schedule {
   std::vector<std::int32_t> epoch_order(std::int64_t epoch) const;
   std::vector<std::int64_t> lengths_;
   ScheduleOptions options_;
-  std::vector<std::int32_t> order_;       // rows of all steps, one after the other
-  std::vector<std::size_t> step_begin_;   // into order_, one more than there are steps
+  std::vector<std::int32_t> order_;      // rows of all steps, one after the other
+  std::vector<std::size_t> step_begin_;  // into order_, one more than there are steps
 };
 
 // Rows that a training program sees for a row: its last token predicts nothing and is left out.

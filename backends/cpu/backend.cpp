@@ -27,20 +27,21 @@ const Kernel& find_kernel(Isa isa, OpId op) {
     return NIBBLE_PICK(isa, name##_kernel);
 #include "engine/ops.def"
 #undef NIBBLE_OP
-    case OpId::count: break;
+    case OpId::count:
+      break;
   }
   throw Error("no such op");
 }
 
 struct Release {
-  void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{kAlignment}); }
+  void operator()(std::byte* p) const { ::operator delete (p, std::align_val_t{kAlignment}); }
 };
 
 class CpuBuffer final : public Buffer {
  public:
   CpuBuffer(std::int64_t bytes, std::int64_t& total)
-      : data_(static_cast<std::byte*>(::operator new(static_cast<std::size_t>(bytes),
-                                                     std::align_val_t{kAlignment}))),
+      : data_(static_cast<std::byte*>(
+            ::operator new (static_cast<std::size_t>(bytes), std::align_val_t{kAlignment}))),
         bytes_(bytes),
         total_(total) {
     total_ += bytes_;
@@ -106,7 +107,9 @@ class CpuExecutable final : public Executable {
 class CpuBackend final : public Backend {
  public:
   explicit CpuBackend(const CpuOptions& options)
-      : isa_(options.isa.value_or(best_isa())), limit_(options.memory_limit), pool_(options.threads) {
+      : isa_(options.isa.value_or(best_isa())),
+        limit_(options.memory_limit),
+        pool_(options.threads) {
     if (!is_supported(isa_)) {
       throw Unsupported(std::string("this machine does not have ") + cpu::name(isa_) +
                         " instructions; leave the instruction set out to use the best it has");
@@ -139,9 +142,9 @@ class CpuBackend final : public Backend {
     try {
       return std::make_unique<CpuBuffer>(bytes, allocated_);
     } catch (const std::bad_alloc&) {
-      throw OutOfMemory(std::string(purpose) + ": the system has no " + std::to_string(bytes) +
-                            " bytes to give",
-                        allocated_ + bytes, limit_);
+      throw OutOfMemory(
+          std::string(purpose) + ": the system has no " + std::to_string(bytes) + " bytes to give",
+          allocated_ + bytes, limit_);
     }
   }
 
