@@ -70,7 +70,7 @@ class Run {
     const bool resumed = restore();
     if (!resumed) {
       directory_.cut_log(-1);
-      log_row({{"type", "config"}, {"step", 0}, {"config", to_json(r_)}});
+      log_row({{"type", "config"}, {"step", 0}, {"buckets", s_.buckets}, {"config", to_json(r_)}});
     }
     before();
     train_until(r_.steps);

@@ -68,6 +68,23 @@ std::string suggestion(const CLI::App& app, int argc, char** argv) {
                          : "; see nibble " + command->get_name() + " --help";
 }
 
+// The command line with the flags of --config FILE put in front of the user's own, which win. In
+// reverse order, as CLI11 takes it.
+std::vector<std::string> arguments(int argc, char** argv) {
+  std::vector<std::string> words(argv + 1, argv + argc);
+  for (std::size_t i = 1; i < words.size(); ++i) {
+    std::string path;
+    if (words[i] == "--config" && i + 1 < words.size()) path = words[i + 1];
+    if (words[i].starts_with("--config=")) path = words[i].substr(9);
+    if (path.empty()) continue;
+    const std::vector<std::string> flags = config_flags(path);
+    words.insert(words.begin() + 1, flags.begin(), flags.end());
+    break;
+  }
+  std::reverse(words.begin(), words.end());
+  return words;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -103,7 +120,10 @@ int main(int argc, char** argv) {
   command("bench", "Measure ops, training steps or decoding", bench_request, add_bench_flags,
           [](const BenchRequest& r) { return bench_command(r, std::cout, std::cerr); });
   try {
-    app.parse(argc, argv);
+    app.parse(arguments(argc, argv));
+  } catch (const Error& e) {
+    std::cerr << "nibble: " << e.what() << "\n";
+    return 2;
   } catch (const CLI::ParseError& e) {
     if (e.get_exit_code() == 0) return app.exit(e);
     std::cerr << "nibble: " << e.what() << suggestion(app, argc, argv) << "\n";

@@ -1,10 +1,13 @@
 #include "tools/recipe.h"
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <nlohmann/json.hpp>
 
 #include "engine/error.h"
+#include "engine/os.h"
 
 namespace nibble {
 
@@ -47,6 +50,11 @@ void add_recipe_flags(CLI::App& command, Recipe& r) {
   command.add_flag("--truncate", r.truncate, "cut rows longer than --seq instead of refusing them")
       ->group(what);
   command.add_flag("--skip-bad", r.skip_bad, "count malformed rows and go on")->group(what);
+
+  command
+      .add_option("--config", r.config,
+                  "flags from a JSON file, such as a run's config.json; flags given here win")
+      ->group(what);
 
   const auto where = "Where it runs";
   command.add_option("--out,-o,--output-dir", r.out, "run directory; default runs/MODEL-DATA-NN")
@@ -229,13 +237,53 @@ nlohmann::ordered_json to_json(const Recipe& r) {
           {"beta2", r.beta2},
           {"clip", r.clip},
           {"seed", r.seed},
-          {"steps", r.steps}};
+          {"steps", r.steps},
+          {"storage", r.storage},
+          {"memory", r.memory},
+          {"sample_prompts", r.sample_prompts},
+          {"eval_every", r.eval_every},
+          {"save_every", r.save_every},
+          {"keep_checkpoints", r.keep_checkpoints}};
+}
+
+std::vector<std::string> config_flags(const std::string& path) {
+  nlohmann::ordered_json config;
+  try {
+    config = nlohmann::ordered_json::parse(os::read_file(path));
+  } catch (const nlohmann::json::exception& e) {
+    throw Error(path + ": " + e.what());
+  }
+  if (!config.is_object()) throw Error(path + ": not a JSON object of flags");
+  std::vector<std::string> flags;
+  for (const auto& [key, value] : config.items()) {
+    std::string flag = "--" + key;
+    std::replace(flag.begin(), flag.end(), '_', '-');
+    const auto add = [&](const nlohmann::ordered_json& item) {
+      const std::string text = item.is_string() ? item.get<std::string>() : item.dump();
+      if (text.empty()) return;
+      flags.push_back(flag);
+      flags.push_back(text);
+    };
+    if (value.is_boolean()) {
+      if (value.get<bool>()) flags.push_back(flag);
+    } else if (value.is_array()) {
+      for (const auto& item : value) add(item);
+    } else if (!value.is_number() || value != 0) {  // 0 is how a default is written down
+      add(value);
+    }
+  }
+  return flags;
 }
 
 std::vector<std::string> recipe_differences(const nlohmann::ordered_json& before,
                                             const nlohmann::ordered_json& now) {
+  // Where a run's values live and what is kept of it do not change its bytes.
+  constexpr std::array<std::string_view, 6> free_to_change = {
+      "storage", "memory", "sample_prompts", "eval_every", "save_every", "keep_checkpoints"};
   std::vector<std::string> differences;
   for (const auto& [key, value] : now.items()) {
+    if (std::find(free_to_change.begin(), free_to_change.end(), key) != free_to_change.end())
+      continue;
     const auto old = before.find(key);
     if (old == before.end() || *old == value) continue;
     std::string flag = "--" + key;

@@ -19,6 +19,7 @@ struct Recipe {
   std::string model, method = "qlora", adapter;
   std::vector<std::string> data;
   std::string format, train_on = "auto", eval_data, sample_prompts;
+  std::string config;  // already turned into flags when the rest is parsed
   std::string eval_split = "2%";
   bool truncate = false, skip_bad = false;
   // where
@@ -49,8 +50,11 @@ struct Recipe {
 // Adds the flags of `recipe` to a command. `recipe` must outlive the parse.
 void add_recipe_flags(CLI::App& command, Recipe& recipe);
 
-// The flags that decide what is trained (not where it runs or how often it is saved).
+// All flags but --out, --backend, --threads and the switches of a single start.
 nlohmann::ordered_json to_json(const Recipe& recipe);
+
+// The flags that a config.json stands for: {"--rank", "16", ...}.
+std::vector<std::string> config_flags(const std::string& path);
 
 // One line per flag that differs and changes the result: "--lr was 0.0002, is 0.0001". More steps,
 // memory, backend and saving may change.

@@ -20,6 +20,7 @@ printf '{"instruction": "a", "output": "b"}\n{"instruction": "a"}\nnot json\n' >
 check "a bad row names file, line and field" exits 1 'bad.jsonl:2: .*"output" is missing' "${finetune[@]}" --data "$scratch/bad.jsonl"
 check "bad rows can be skipped and are counted" exits 0 "2 bad rows skipped" "${finetune[@]}" --data "$scratch/bad.jsonl" --skip-bad --eval-split 0 --dry-run
 : >"$scratch/empty.jsonl"
+echo "no" >"$scratch/rows.txt"
 check "an empty file" exits 1 "empty.jsonl" "${finetune[@]}" --data "$scratch/empty.jsonl"
 
 check "dry run" exits 0 "EOS is trained: yes" "${finetune[@]}" --data $rows --dry-run
@@ -30,6 +31,10 @@ check "allocates what was planned" grep -q "equal to the byte" "$scratch/report"
 check "a picture" test -s "$scratch/run/loss.png"
 check "a directory in use is refused" exits 1 "is not empty" "${finetune[@]}" --data $rows --steps 2
 check "resume without a checkpoint says so" exits 0 "no checkpoint" "$nibble" finetune --model tiny --data $rows --steps 1 --rank 2 --batch 2 --out "$scratch/new" --resume
+
+check "a run's config.json makes the same run" "$nibble" finetune --config "$scratch/run/config.json" --out "$scratch/again" >/dev/null 2>&1
+check "bit for bit" same "$scratch/run" "$scratch/again"
+check "a config that is not JSON" exits 2 "rows.txt" "$nibble" finetune --config "$scratch/rows.txt"
 
 check "generate with the adapter" "$nibble" generate -m tiny --adapter "$scratch/run/adapter" -p "The cow says" -n 4 2>/dev/null >"$scratch/text"
 check "generate as JSON" grep -q '"logprobs"' <("$nibble" generate -m tiny -p "The cow" -n 4 --json 2>/dev/null)
