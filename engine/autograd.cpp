@@ -108,10 +108,14 @@ class Walker final : public VjpArgs {
     if (boundary_[index(ref.node)][index(ref.output)]) return false;
     const OpDef& def = op_def(n.op);
     if (def.updates != 0) return false;  // an update cannot be repeated
+    if ((def.stored >> ref.output & 1) != 0) return false;
     switch (graph_.segments()[index(n.segment)].rung) {
-      case Rung::store: return false;
-      case Rung::cheap: return def.cheap;
-      case Rung::block: return true;
+      case Rung::store:
+        return false;
+      case Rung::cheap:
+        return def.cheap;
+      case Rung::block:
+        return true;
     }
     return false;
   }

@@ -89,6 +89,8 @@ struct OpDef {
   std::uint8_t in_place = 0;
   // Cheap enough to recompute rather than store (Rung::cheap).
   bool cheap = false;
+  // Bit o: output o is stored on every rung, because it is small and the op is dear to repeat.
+  std::uint8_t stored = 0;
 };
 
 const OpDef& op_def(OpId op);

@@ -154,13 +154,14 @@ TEST_CASE("a segment recomputes what its rung dropped and the gradients ask for,
   // Per layer two norms, two ropes and one swiglu.
   CHECK(recomputed(Rung::cheap) == 2 * 5);
   // Those, the attention, six linears and the residual addition in the middle. The block's last
-  // addition is stored at its boundary; the down projection keeps u, the input of its B, but what
-  // it computes for the addition is not read by any gradient.
+  // addition is stored at its boundary, and nothing reads the down projection but that addition:
+  // its own gradients want u, which is stored on every rung.
   const int block = recomputed(Rung::block);
-  CHECK(block == 2 * 14);
+  CHECK(block == 2 * 13);
   shape.rung = Rung::block;
   const LlamaGraph llama = llama_training(shape);
   CHECK(count_op(*llama.graph, llama.forward_nodes, OpId::attention) == 2);
+  CHECK(count_op(*llama.graph, llama.forward_nodes, OpId::lora_linear) == 2 * 6);
 }
 
 TEST_CASE("what a segment's neighbours or the host read is stored, not recomputed") {
