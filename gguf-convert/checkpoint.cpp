@@ -32,6 +32,13 @@ void check_tensor(const TensorSpec& spec, const TensorType& type, const std::str
   }
 }
 
+void check_layer_count(const ModelConfig& config, std::size_t tensors, const std::string& file) {
+  if (static_cast<std::uint64_t>(config.layers) <= tensors) return;
+  throw FormatError(file, 0,
+                    "there are " + std::to_string(tensors) + " tensors; a llama with " +
+                        std::to_string(config.layers) + " layers has more");
+}
+
 std::unique_ptr<Checkpoint> open_checkpoint(const std::string& source, std::uint64_t seed) {
   constexpr std::string_view kRandom = "random:";
   if (source.compare(0, kRandom.size(), kRandom) == 0) {

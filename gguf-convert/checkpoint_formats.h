@@ -20,6 +20,10 @@ std::unique_ptr<Checkpoint> open_random_checkpoint(const std::string& config_pat
 void check_tensor(const TensorSpec& spec, const TensorType& type, const std::string& file,
                   std::uint64_t offset);
 
+// Throws when a file with `tensors` tensors cannot hold the layers that its configuration claims,
+// before a list of all their names is made.
+void check_layer_count(const ModelConfig& config, std::size_t tensors, const std::string& file);
+
 // The GGUF names of the planes of a tensor, in Planes order, are its name plus these.
 inline constexpr const char* kPlaneSuffixes[5] = {".codes", ".absmax", ".absmax_scale",
                                                   ".absmax_offset", ".absmax_map"};

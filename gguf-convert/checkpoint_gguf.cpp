@@ -97,10 +97,15 @@ TensorType plane_type(const GgufFile& file, const TensorSpec& spec, const PlaneT
   return type;
 }
 
+enum class Origin { mapping, memory };
+
 class GgufCheckpoint final : public Checkpoint {
  public:
-  explicit GgufCheckpoint(GgufFile file, std::uint64_t file_bytes)
-      : file_(std::move(file)), config_(config_from_gguf(file_)), file_bytes_(file_bytes) {
+  GgufCheckpoint(GgufFile file, std::uint64_t file_bytes, Origin origin)
+      : file_(std::move(file)),
+        config_(config_from_gguf(file_)),
+        file_bytes_(file_bytes),
+        origin_(origin) {
     const std::string& path = file_.path();
     check_layer_count(config_, file_.tensors().size(), path);
     for (const TensorSpec& spec : model_tensors(config_)) add(spec);
@@ -129,6 +134,7 @@ class GgufCheckpoint final : public Checkpoint {
     Entry& e = entry(tensor);
     const std::lock_guard lock(mutex_);
     e.assembled = {};
+    if (origin_ == Origin::memory) return;  // pages of a heap would come back as zeros
     if (e.plain != nullptr) os::forget(e.plain->bytes);
     for (const GgufTensor* plane : e.planes) {
       if (plane != nullptr) os::forget(plane->bytes);
@@ -238,6 +244,7 @@ class GgufCheckpoint final : public Checkpoint {
   GgufFile file_;
   ModelConfig config_;
   std::uint64_t file_bytes_ = 0;
+  Origin origin_;
   std::vector<Tensor> tensors_;
   mutable std::mutex mutex_;  // guards Entry::assembled
   mutable std::vector<Entry> entries_;
@@ -248,12 +255,13 @@ class GgufCheckpoint final : public Checkpoint {
 }  // namespace
 
 std::unique_ptr<Checkpoint> open_gguf_checkpoint(const std::string& path) {
-  return std::make_unique<GgufCheckpoint>(GgufFile(path), std::filesystem::file_size(path));
+  return std::make_unique<GgufCheckpoint>(GgufFile(path), std::filesystem::file_size(path),
+                                          Origin::mapping);
 }
 
 std::unique_ptr<Checkpoint> open_gguf_checkpoint(const std::string& name,
                                                  std::span<const std::byte> bytes) {
-  return std::make_unique<GgufCheckpoint>(GgufFile(name, bytes), bytes.size());
+  return std::make_unique<GgufCheckpoint>(GgufFile(name, bytes), bytes.size(), Origin::memory);
 }
 
 }  // namespace nibble

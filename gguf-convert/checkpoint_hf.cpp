@@ -65,6 +65,7 @@ class HfCheckpoint final : public Checkpoint {
     const fs::path leaf = path.has_filename() ? path.filename() : path.parent_path().filename();
     if (config_.name.empty()) config_.name = leaf.string();
     find_head();
+    check_layer_count(config_, files_.tensors().size(), directory);
     for (const TensorSpec& spec : model_tensors(config_)) add(spec);
     for (const SafetensorsTensor* tensor : files_.tensors()) refuse_unknown(*tensor);
   }

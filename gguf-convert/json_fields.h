@@ -3,6 +3,7 @@
 // that transformers and PEFT write.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -18,7 +19,8 @@ inline nlohmann::json parse_json_object(const std::string& text, const std::stri
   try {
     json = nlohmann::json::parse(text);
   } catch (const nlohmann::json::parse_error& e) {
-    throw FormatError(path, e.byte, "this is not JSON: " + std::string(e.what()));
+    throw FormatError(path, std::min(e.byte, text.size()),
+                      "this is not JSON: " + std::string(e.what()));
   } catch (const nlohmann::json::exception& e) {
     throw FormatError(path, 0, "this is not JSON: " + std::string(e.what()));
   }
