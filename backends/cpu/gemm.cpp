@@ -1,6 +1,8 @@
 // The public entry points of the products: checks, then the driver of the instruction set.
 #include "backends/cpu/gemm.h"
 
+#include <algorithm>
+
 #include <string>
 
 #include "backends/cpu/gemm_blocking.h"
@@ -50,7 +52,10 @@ void check_scratch(const char* where, const GemmContext& context, std::int64_t n
 
 std::int64_t multiply_scratch_bytes(DType x, DType y, std::int64_t rows, std::int64_t outputs,
                                     std::int64_t inner) {
-  return multiply_parts(x, y, rows, outputs, inner).bytes;
+  // Few rows are packed over the whole reduction, more of them block by block: the fewest rows of
+  // the second kind may need less than the most rows of the first.
+  return std::max(multiply_parts(x, y, rows, outputs, inner).bytes,
+                  multiply_parts(x, y, std::min(rows, kFewRows), outputs, inner).bytes);
 }
 
 std::int64_t gradient_scratch_bytes(DType dw, std::int64_t rows, std::int64_t n, std::int64_t k) {

@@ -66,7 +66,7 @@ struct Term {
 void multiply(const GemmContext& context, WeightUse use, std::int64_t rows,
               std::span<const Term> terms, Matrix y, Output output = Output::Overwrite);
 
-// Scratch of multiply for `rows` rows, `outputs` columns of y and reductions of at most `inner`
+// Scratch of multiply for at most `rows` rows, `outputs` columns of y and reductions of at most `inner`
 // elements over all terms together. The same for every instruction set and thread
 // count.
 std::int64_t multiply_scratch_bytes(DType x, DType y, std::int64_t rows, std::int64_t outputs,

@@ -546,3 +546,16 @@ TEST_CASE("the thread pool runs every task once and passes exceptions on") {
     CHECK(after == 4);
   }
 }
+
+TEST_CASE("scratch for many rows is enough for fewer") {
+  for (const DType dtype : {DType::F64, DType::F32, DType::BF16}) {
+    for (const std::int64_t inner : {64, 384, 49152}) {
+      std::int64_t before = 0;
+      for (std::int64_t rows = 1; rows <= 600; ++rows) {
+        const std::int64_t now = cpu::multiply_scratch_bytes(dtype, dtype, rows, 576, inner);
+        CHECK(now >= before);
+        before = now;
+      }
+    }
+  }
+}
