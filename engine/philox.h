@@ -24,7 +24,7 @@ inline PhiloxBlock philox(std::uint64_t key, PhiloxBlock counter) {
   return counter;
 }
 
-// Uniform in (0, 1), never an end point.
+// Uniform in (0, 1]: 24 bits, each in the middle of its cell, the last of which rounds up to 1.
 inline float uniform(std::uint32_t bits) {
   return (static_cast<float>(bits >> 8) + 0.5f) * 0x1p-24f;
 }

@@ -4,11 +4,10 @@
 // one token with grouped heads fills several lanes, a chunk of the prompt all of them. Few pairs
 // take a tile one vector wide; the bits are the same (attention_tile.h).
 #include <cstring>
-#include <string>
 
 #include "backends/cpu/attention_tile.h"
+#include "backends/cpu/fail.h"
 #include "backends/cpu/kernel.h"
-#include "engine/error.h"
 
 namespace nibble::cpu::NIBBLE_ISA {
 namespace {
@@ -16,9 +15,9 @@ namespace {
 std::int64_t read_position(const char* op, const std::int32_t* position, std::int64_t rows,
                            std::int64_t context) {
   if (*position < 0 || *position > context - rows) {
-    throw Error(std::string(op) + ": position is " + std::to_string(*position) + " for " +
-                std::to_string(rows) + " rows, and the cache has a context of " +
-                std::to_string(context));
+    fail("%s: position is %lld for %lld rows, and the cache has a context of %lld", op,
+         static_cast<long long>(*position), static_cast<long long>(rows),
+         static_cast<long long>(context));
   }
   return *position;
 }

@@ -18,12 +18,11 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <string>
 
+#include "backends/cpu/fail.h"
 #include "backends/cpu/lanes.h"
 #include "backends/cpu/scratch.h"
 #include "backends/cpu/vmath.h"
-#include "engine/error.h"
 
 namespace nibble::cpu::NIBBLE_ISA {
 
@@ -140,8 +139,8 @@ void from_lane(const Arith<S>* from, std::int64_t width, int lane, Arith<S> fact
 inline void check_spans(const char* op, const std::int32_t* span_begin, std::int64_t rows) {
   for (std::int64_t t = 0; t < rows; ++t) {
     if (span_begin[t] < 0 || span_begin[t] > t) {
-      throw Error(std::string(op) + ": span_begin[" + std::to_string(t) + "] is " +
-                  std::to_string(span_begin[t]) + ", wanted 0 to " + std::to_string(t));
+      fail("%s: span_begin[%lld] is %lld, wanted 0 to %lld", op, static_cast<long long>(t),
+           static_cast<long long>(span_begin[t]), static_cast<long long>(t));
     }
   }
 }

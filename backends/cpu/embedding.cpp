@@ -4,12 +4,11 @@
 // task is kChannels channels of all rows, so that each sum runs over t in order on one thread
 // however often an id repeats.
 #include <algorithm>
-#include <string>
 
 #include "backends/cpu/decode.h"
+#include "backends/cpu/fail.h"
 #include "backends/cpu/kernel.h"
 #include "backends/cpu/lanes.h"
-#include "engine/error.h"
 
 namespace nibble::cpu::NIBBLE_ISA {
 namespace {
@@ -19,8 +18,9 @@ constexpr std::int64_t kChannels = 64;
 
 void check_id(const char* op, std::int64_t t, std::int32_t id, std::int64_t entries) {
   if (id < 0 || id >= entries) {
-    throw Error(std::string(op) + ": ids[" + std::to_string(t) + "] is " + std::to_string(id) +
-                ", wanted 0 to " + std::to_string(entries - 1) + ", the rows of the table");
+    fail("%s: ids[%lld] is %lld, wanted 0 to %lld, the rows of the table", op,
+         static_cast<long long>(t), static_cast<long long>(id),
+         static_cast<long long>(entries - 1));
   }
 }
 

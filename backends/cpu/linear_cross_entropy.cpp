@@ -15,12 +15,11 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <string>
 
+#include "backends/cpu/fail.h"
 #include "backends/cpu/gemm_call.h"
 #include "backends/cpu/scratch.h"
 #include "backends/cpu/vmath.h"
-#include "engine/error.h"
 
 namespace nibble::cpu::NIBBLE_ISA {
 namespace {
@@ -99,13 +98,13 @@ struct Problem {
     const std::int32_t row = loss_rows[e];
     if (row < 0) return false;
     if (row >= rows) {
-      throw Error("linear_cross_entropy: loss_rows[" + std::to_string(e) + "] is " +
-                  std::to_string(row) + ", and x has " + std::to_string(rows) + " rows");
+      fail("linear_cross_entropy: loss_rows[%lld] is %lld, and x has %lld rows",
+           static_cast<long long>(e), static_cast<long long>(row), static_cast<long long>(rows));
     }
     if (labels[row] >= vocabulary) {
-      throw Error("linear_cross_entropy: labels[" + std::to_string(row) + "] is " +
-                  std::to_string(labels[row]) + ", and the vocabulary has " +
-                  std::to_string(vocabulary) + " entries");
+      fail("linear_cross_entropy: labels[%lld] is %lld, and the vocabulary has %lld entries",
+           static_cast<long long>(row), static_cast<long long>(labels[row]),
+           static_cast<long long>(vocabulary));
     }
     return labels[row] >= 0;
   }
