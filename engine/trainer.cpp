@@ -266,12 +266,16 @@ const Trainer::Program& Trainer::write_inputs(const std::vector<Program>& progra
   throw ShapeError("a microbatch of " + std::to_string(rows) + " rows is in none of the buckets");
 }
 
-void Trainer::micro(const Microbatch& batch) {
+void Trainer::micro(const Microbatch& batch, const Executable::Hook& hook) {
   const Program& program = write_inputs(micro_, batch);
   runtime_.write("ordinal", std::span<const std::int32_t>(batch.ordinal));
   const std::array<std::int64_t, 2> rng = {static_cast<std::int64_t>(options_.seed), step_};
   runtime_.write("rng", std::span<const std::int64_t>(rng));
-  runtime_.run(program.number);
+  if (hook) {
+    runtime_.run_checked(program.number, hook);
+  } else {
+    runtime_.run(program.number);
+  }
   tokens_ += batch.label_count();
 }
 

@@ -74,7 +74,8 @@ class Trainer {
   std::vector<float> parameter(std::string_view name) const;  // the master
   std::vector<float> gradient(std::string_view name) const;   // sums since the last apply()
 
-  void micro(const Microbatch& batch);
+  // With a hook every node is visited after it ran (see Executable).
+  void micro(const Microbatch& batch, const Executable::Hook& hook = {});
   StepResult apply(double lr);
   // The loss of every labelled row, in row order. Touches no training state.
   std::vector<float> evaluate(const Microbatch& batch);

@@ -2,6 +2,7 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <ostream>
 
@@ -245,11 +246,18 @@ int bench_train(const BenchRequest& r, std::ostream& out, std::ostream& log) {
     batch.ordinal.push_back(static_cast<std::int32_t>(i));
   }
   std::vector<double> seconds;
+  std::map<std::string, std::pair<double, int>> by_op;  // seconds and calls of one micro
+  const auto count = [&](std::int32_t, const OpCall& call, double time) {
+    auto& [sum, calls] = by_op[std::string(op_def(call.node->op).name)];
+    sum += time;
+    ++calls;
+  };
   std::string what;
   double peak = 0;
   for (std::int64_t step = 0; step < r.steps + 1; ++step) {
     const double begin = os::seconds();
-    s.trainer->micro(batch);
+    const bool last = step == r.steps;
+    s.trainer->micro(batch, last && r.ops ? Executable::Hook(count) : Executable::Hook());
     s.trainer->apply(1e-4);
     if (step > 0) seconds.push_back(os::seconds() - begin);
     log << "." << std::flush;
@@ -275,6 +283,10 @@ int bench_train(const BenchRequest& r, std::ostream& out, std::ostream& log) {
                 static_cast<double>(rows) / time, time, static_cast<long long>(r.steps),
                 size_text(s.backend->allocated_bytes()).c_str(),
                 size_text(os::peak_resident_bytes()).c_str());
+  for (const auto& [name, sum] : by_op) {
+    out << format("  %-28s %4d calls %9.1f ms %5.1f %%\n", name.c_str(), sum.second,
+                  1e3 * sum.first, 100 * sum.first / time);
+  }
   out << format("%.1f GFLOP/s, %.1f %% of %s in this run (%.1f GFLOP/s)\n", flops / time / 1e9,
                 100 * flops / time / peak, what.c_str(), peak / 1e9);
   return 0;
@@ -354,6 +366,7 @@ void add_bench_flags(CLI::App& command, BenchRequest& r) {
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
   command.add_option("--threads,-t", r.threads, "CPU threads; default: all cores");
+  command.add_flag("--ops", r.ops, "train: time per op of the last step");
   command.add_flag("--json", r.json, "JSON lines");
 }
 

@@ -16,7 +16,7 @@ struct BenchRequest {
   std::string what, model, compute = "f32", storage = "store", method = "qlora", backend = "auto";
   std::int64_t batch = 4, sequence = 256, rank = 16, steps = 5, prompt = 128, tokens = 64;
   int threads = 0;
-  bool json = false;
+  bool ops = false, json = false;
 };
 
 void add_bench_flags(CLI::App& command, BenchRequest& request);

@@ -207,8 +207,8 @@ LoadOptions load_options(const Recipe& r) {
 
 void print_model(const FinetuneSetup& s, std::ostream& log) {
   const ModelConfig& c = s.loaded->config();
-  log << "model      " << (c.name.empty() ? s.recipe.model : c.name) << ": " << c.architecture
-      << ", " << format("%.1fM", static_cast<double>(s.total_parameters) / 1e6) << " parameters, "
+  log << "model      " << s.recipe.model << ": " << c.architecture << ", "
+      << format("%.1fM", static_cast<double>(s.total_parameters) / 1e6) << " parameters, "
       << c.layers << " blocks, context " << c.context << "\n";
   if (s.loaded->converted() > 0) {
     log << "           " << s.loaded->converted() << " matrices become NF4 while loading\n";
