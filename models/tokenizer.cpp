@@ -104,7 +104,7 @@ struct Tokenizer::State {
       const TokenType type = spec.types[i];
       const auto id = static_cast<std::int32_t>(i);
       ids[text] = id;
-      if (type == TokenType::normal) plain[text] = id;
+      if (type == TokenType::normal && !text.empty()) plain[text] = id;
       const bool control = type == TokenType::control || type == TokenType::unknown;
       if (control || type == TokenType::user_defined) special.add(text, id, !control);
       const bool literal = control || type == TokenType::user_defined;
