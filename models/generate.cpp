@@ -59,7 +59,6 @@ Decoder::Decoder(Runtime& runtime, const Model& model, DType compute, std::int64
     : runtime_(runtime),
       compute_(compute),
       context_(context),
-      vocab_(vocab),
       prompt_(add_program(model, kPromptRows)),
       token_(add_program(model, 1)),
       logits_(static_cast<std::size_t>(vocab)) {}

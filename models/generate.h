@@ -37,7 +37,7 @@ class Decoder {
 
   Runtime& runtime_;
   DType compute_;
-  std::int64_t context_, vocab_;
+  std::int64_t context_;
   Program prompt_, token_;
   std::int64_t position_ = 0;
   std::vector<float> logits_;
