@@ -143,6 +143,15 @@ class Run {
     std::string prompt, wanted, got;
   };
 
+  // Valid UTF-8 even where the ids begin or end inside a character.
+  std::string text_of(std::span<const std::int32_t> ids, DecodeOptions options) const {
+    StreamDecoder decoder(*s_.tokenizer, options);
+    std::string text;
+    for (const std::int32_t id : ids) text += decoder.push(id);
+    return text + decoder.finish();
+  }
+
+  // What the model answers to the prompt of each sample row; a chat is asked its first question.
   std::vector<Answer> answers() {
     std::vector<Answer> result;
     for (const Row& row : s_.samples) {
@@ -150,14 +159,17 @@ class Run {
       // Rows that are trained from their start are continued from their first quarter.
       const auto cut = static_cast<std::size_t>(
           first > 1 ? first : std::max<std::ptrdiff_t>(1, std::ssize(row.ids) / 4));
+      const auto answered = row.trained.begin() + static_cast<std::ptrdiff_t>(cut);
+      const auto length =
+          static_cast<std::size_t>(std::find(answered, row.trained.end(), 0) - answered);
       const auto ids = std::span<const std::int32_t>(row.ids);
       if (static_cast<std::int64_t>(cut) >= s_.decoder->context()) continue;
       SampleOptions options;
       options.max_tokens = s_.decoder->context() - static_cast<std::int64_t>(cut);
       const Generation g = generate(*s_.decoder, *s_.tokenizer, ids.first(cut), options);
-      result.push_back(
-          {s_.tokenizer->decode(ids.first(cut)),
-           s_.tokenizer->decode(ids.subspan(cut), {.special = false, .continues = true}), g.text});
+      result.push_back({text_of(ids.first(cut), {}),
+                        text_of(ids.subspan(cut, length), {.special = false, .continues = true}),
+                        g.text});
     }
     return result;
   }
