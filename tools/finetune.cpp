@@ -409,6 +409,17 @@ void check_same_recipe(const RunDirectory& directory, const Recipe& recipe) {
   throw Error(message + " give the old values, or another --out for a new run");
 }
 
+// --overwrite must not delete what the run starts from.
+void check_overwrite(const Recipe& r) {
+  std::vector<std::string> inputs = r.data;
+  inputs.insert(inputs.end(), {r.model, r.adapter, r.eval_data, r.sample_prompts});
+  for (const std::string& input : inputs) {
+    if (input.empty() || !would_overwrite(r.out, input)) continue;
+    throw Error("--overwrite would delete " + input +
+                ", which this run reads; choose another --out");
+  }
+}
+
 int refuse(const FinetuneSetup& s, std::ostream& log) {
   log << "nibble: the run needs " << size_text(s.fit.total_bytes()) << ", --memory allows "
       << size_text(s.fit.budget_bytes)
@@ -419,6 +430,9 @@ int refuse(const FinetuneSetup& s, std::ostream& log) {
 }  // namespace
 
 int finetune(const Recipe& recipe, std::ostream& out, std::ostream& log) {
+  if (recipe.resume && recipe.out.empty()) {
+    throw Error("--resume needs --out DIR, the directory of the run to go on with");
+  }
   FinetuneSetup setup = set_up(recipe, log);
   print_fit(setup.fit, log);
   if (!setup.fit.fits()) return refuse(setup, log);
@@ -432,6 +446,7 @@ int finetune(const Recipe& recipe, std::ostream& out, std::ostream& log) {
   const auto open = recipe.resume      ? RunDirectory::Open::resume
                     : recipe.overwrite ? RunDirectory::Open::overwrite
                                        : RunDirectory::Open::fresh;
+  if (open == RunDirectory::Open::overwrite) check_overwrite(setup.recipe);
   RunDirectory directory(setup.recipe.out, open);
   if (recipe.resume) check_same_recipe(directory, setup.recipe);
   directory.write_config(to_json(setup.recipe));

@@ -160,6 +160,17 @@ void load_checkpoint(const std::string& path, Trainer& trainer) {
   trainer.load(source);
 }
 
+bool would_overwrite(const std::string& directory, const std::string& path) {
+  std::error_code error;
+  const fs::path read = fs::weakly_canonical(path, error);
+  for (const char* name : kRunFiles) {
+    const fs::path removed = fs::weakly_canonical(fs::path(directory) / name, error);
+    const auto [end, at] = std::mismatch(removed.begin(), removed.end(), read.begin(), read.end());
+    if (end == removed.end() && fs::exists(removed, error)) return true;
+  }
+  return false;
+}
+
 std::string default_run_directory(const std::string& model, const std::string& data) {
   for (int number = 1;; ++number) {
     char suffix[16];

@@ -40,6 +40,9 @@ class RunDirectory {
 // Restores what save_checkpoint() wrote. Throws FormatError or Error naming the file.
 void load_checkpoint(const std::string& file, Trainer& trainer);
 
+// Whether overwriting `directory` would delete `path` or what holds it.
+bool would_overwrite(const std::string& directory, const std::string& path);
+
 // runs/MODEL-DATA-NN, the first that does not exist.
 std::string default_run_directory(const std::string& model, const std::string& data);
 
