@@ -51,6 +51,30 @@ constexpr std::array<const char*, 9> kRunFiles = {"config.json", "log.jsonl",   
                                                   "adapter",     "adapter.gguf", "checkpoints",
                                                   "model.gguf",  "model",        "events"};
 
+// The checkpoints of a run, oldest first. Past a million steps the names grow longer.
+std::vector<fs::path> checkpoint_files(const fs::path& directory) {
+  std::vector<fs::path> files;
+  for (const auto& entry : fs::directory_iterator(directory)) {
+    const std::string name = entry.path().filename().string();
+    if (name.starts_with("step-") && name.ends_with(".gguf")) files.push_back(entry.path());
+  }
+  std::sort(files.begin(), files.end(), [](const fs::path& a, const fs::path& b) {
+    const std::string x = a.string(), y = b.string();
+    return x.size() != y.size() ? x.size() < y.size() : x < y;
+  });
+  return files;
+}
+
+// Removes the temporary files of checkpoints that a kill cut short.
+void remove_unfinished(const fs::path& directory) {
+  std::vector<fs::path> files;
+  for (const auto& entry : fs::directory_iterator(directory)) {
+    if (entry.path().filename().string().starts_with(".step-")) files.push_back(entry.path());
+  }
+  std::error_code error;
+  for (const fs::path& file : files) fs::remove(file, error);
+}
+
 std::string stem(const std::string& path) {
   fs::path p(path.starts_with("random:") ? path.substr(7) : path);
   if (!p.has_filename()) p = p.parent_path();
@@ -78,6 +102,7 @@ RunDirectory::RunDirectory(const std::string& path, Open open) : path_(path) {
   }
   fs::create_directories(fs::path(path_) / "checkpoints", error);
   if (error) throw Error(path_ + ": cannot create the run directory: " + error.message());
+  if (open == Open::resume) remove_unfinished(fs::path(path_) / "checkpoints");
 }
 
 std::optional<nlohmann::ordered_json> RunDirectory::config() const {
@@ -132,11 +157,7 @@ std::string RunDirectory::save_checkpoint(const Trainer& trainer, std::int64_t k
   WriteData write(writer);
   trainer.save(write);
   writer.finish();
-  std::vector<fs::path> files;
-  for (const auto& entry : fs::directory_iterator(file("checkpoints"))) {
-    if (entry.path().extension() == ".gguf") files.push_back(entry.path());
-  }
-  std::sort(files.begin(), files.end());
+  std::vector<fs::path> files = checkpoint_files(file("checkpoints"));
   std::error_code error;
   while (static_cast<std::int64_t>(files.size()) > keep) {
     fs::remove(files.front(), error);
@@ -146,12 +167,9 @@ std::string RunDirectory::save_checkpoint(const Trainer& trainer, std::int64_t k
 }
 
 std::optional<std::string> RunDirectory::newest_checkpoint() const {
-  std::optional<std::string> newest;
-  for (const auto& entry : fs::directory_iterator(file("checkpoints"))) {
-    if (entry.path().extension() != ".gguf" || entry.path().filename().string()[0] == '.') continue;
-    if (!newest || entry.path().string() > *newest) newest = entry.path().string();
-  }
-  return newest;
+  const std::vector<fs::path> files = checkpoint_files(file("checkpoints"));
+  if (files.empty()) return std::nullopt;
+  return files.back().string();
 }
 
 void load_checkpoint(const std::string& path, Trainer& trainer) {
