@@ -255,7 +255,10 @@ std::vector<std::string> config_flags(const std::string& path) {
   }
   if (!config.is_object()) throw Error(path + ": not a JSON object of flags");
   std::vector<std::string> flags;
+  const nlohmann::ordered_json defaults = to_json(Recipe{});
   for (const auto& [key, value] : config.items()) {
+    const auto unset = defaults.find(key);  // a default such as 0 need not be a value to give
+    if (unset != defaults.end() && *unset == value) continue;
     std::string flag = "--" + key;
     std::replace(flag.begin(), flag.end(), '_', '-');
     const auto add = [&](const nlohmann::ordered_json& item) {
@@ -268,7 +271,7 @@ std::vector<std::string> config_flags(const std::string& path) {
       if (value.get<bool>()) flags.push_back(flag);
     } else if (value.is_array()) {
       for (const auto& item : value) add(item);
-    } else if (!value.is_number() || value != 0) {  // 0 is how a default is written down
+    } else {
       add(value);
     }
   }
@@ -278,8 +281,8 @@ std::vector<std::string> config_flags(const std::string& path) {
 std::vector<std::string> recipe_differences(const nlohmann::ordered_json& before,
                                             const nlohmann::ordered_json& now) {
   // Where a run's values live and what is kept of it do not change its bytes.
-  constexpr std::array<std::string_view, 6> free_to_change = {
-      "storage", "memory", "sample_prompts", "eval_every", "save_every", "keep_checkpoints"};
+  constexpr std::array<std::string_view, 5> free_to_change = {"storage", "memory", "eval_every",
+                                                              "save_every", "keep_checkpoints"};
   std::vector<std::string> differences;
   for (const auto& [key, value] : now.items()) {
     if (std::find(free_to_change.begin(), free_to_change.end(), key) != free_to_change.end())
