@@ -39,7 +39,7 @@ double mean_loss(const std::vector<RowLoss>& rows) {
 
 // Learning rate of step `step` (from 0) of `steps`.
 double learning_rate(const Recipe& r, std::int64_t step, std::int64_t steps) {
-  const double warmup = r.warmup >= 1 ? r.warmup : std::ceil(r.warmup * static_cast<double>(steps));
+  const double warmup = std::ceil(r.warmup >= 1 ? r.warmup : r.warmup * static_cast<double>(steps));
   const auto at = static_cast<double>(step);
   if (at < warmup) return r.lr * (at + 1) / warmup;
   const double left = std::max(1.0, static_cast<double>(steps) - warmup);
@@ -201,27 +201,26 @@ class Run {
     log_row({{"type", "before"}, {"step", 0}, {"rows", rows}, {"answers", texts}});
   }
 
-  StepResult train_step() {
+  StepResult train_step(double lr) {
     std::vector<const Row*> rows;
     for (const std::int32_t row : s_.schedule->rows(s_.trainer->step())) {
       rows.push_back(&s_.train[static_cast<std::size_t>(row)]);
     }
+    for (const Row* row : rows) tokens_done_ += program_rows(*row);
     for (const PackedBatch& packed : make_microbatches(rows, s_.buckets)) {
       s_.trainer->micro(packed.batch);
-      rows_done_ += static_cast<std::int64_t>(packed.batch.tokens.size());
     }
-    return s_.trainer->apply(learning_rate(r_, s_.trainer->step(), r_.steps));
+    return s_.trainer->apply(lr);
   }
 
   void train_until(std::int64_t steps) {
     const double begin = os::seconds();
     const std::int64_t first = s_.trainer->step();
-    std::int64_t saved = first;
     while (s_.trainer->step() < steps) {
       const double step_begin = os::seconds();
       const double lr = learning_rate(r_, s_.trainer->step(), r_.steps);
-      rows_done_ = 0;
-      const StepResult result = train_step();
+      tokens_done_ = 0;
+      const StepResult result = train_step(lr);
       const double seconds = os::seconds() - step_begin;
       const std::int64_t step = s_.trainer->step();
       if (!std::isfinite(result.loss) || !std::isfinite(result.grad_norm)) {
@@ -236,7 +235,7 @@ class Run {
                {"lr", lr},
                {"grad_norm", result.grad_norm},
                {"tokens", result.tokens},
-               {"tokens_per_s", static_cast<double>(rows_done_) / seconds},
+               {"tokens_per_s", static_cast<double>(tokens_done_) / seconds},
                {"peak_bytes", s_.backend->allocated_bytes()},
                {"seconds", seconds}});
       progress(result, lr, seconds, (os::seconds() - begin) / static_cast<double>(step - first));
@@ -249,10 +248,8 @@ class Run {
       }
       if (step % r_.save_every == 0 || step == steps || stop) {
         save_checkpoint();
-        saved = step;
       }
       if (stop) {
-        if (saved != step) save_checkpoint();
         log_ << (terminal_ ? "\r\033[K" : "")
              << format("interrupted: checkpoint of step %lld saved; --resume goes on from it\n",
                        static_cast<long long>(step));
@@ -273,7 +270,7 @@ class Run {
     const std::string line =
         format("step %lld/%lld  loss %.4f  lr %.2e  %.0f tokens/s  ETA %s  %s",
                static_cast<long long>(step), static_cast<long long>(r_.steps), result.loss, lr,
-               static_cast<double>(rows_done_) / seconds,
+               static_cast<double>(tokens_done_) / seconds,
                time_text(static_cast<double>(r_.steps - step) * mean_seconds).c_str(),
                size_text(s_.backend->allocated_bytes()).c_str());
     if (terminal_) {
@@ -297,13 +294,15 @@ class Run {
       const std::string type = row.value("type", "");
       if (type == "step")
         plot.train.push_back({row["step"].get<double>(), row["loss"].get<double>()});
-      if (type == "eval")
+      if (type == "eval" && row["eval_loss"].is_number())  // null: not finite
         plot.held_out.push_back({row["step"].get<double>(), row["eval_loss"].get<double>()});
     }
     write_loss_plot(plot, directory_.file("loss.png"));
   }
 
   void after() {
+    // A run that is resumed at its last step has not measured anything yet.
+    if (last_losses_.empty()) last_losses_ = held_out_losses();
     plot();
     std::ostream& text = r_.json ? log_ : out_;
     const std::vector<std::string> exported = s_.trains_weights()
@@ -392,7 +391,7 @@ class Run {
   std::ostream& log_;
   bool terminal_;
   bool interrupted_ = false;
-  std::int64_t rows_done_ = 0;
+  std::int64_t tokens_done_ = 0;  // by the current step, padding aside
   double train_seconds_ = 0;
   std::vector<RowLoss> first_losses_, last_losses_;
   std::vector<Answer> first_answers_;
