@@ -12,42 +12,35 @@
 #include "engine/os.h"
 #include "models/json_rows.h"
 #include "models/unicode.h"
+#include "tests/unit/scratch.h"
 #include "tests/unit/shared_data.h"
 #include "tests/unit/tiny_vocabulary.h"
 
 using namespace nibble;
+using nibble::test::put;
+using nibble::test::Scratch;
 using nibble::test::shared;
 using nibble::test::tiny_bpe;
 using nibble::test::tiny_spm;
 
 namespace {
 
-// A data file in the temporary directory that goes away with the object.
-class DataFile {
- public:
-  explicit DataFile(const std::string& text, const std::string& name = "rows.jsonl")
-      : path_((std::filesystem::temp_directory_path() / ("nibble-dataset-test-" + name)).string()) {
-    os::write_file(path_, text);
-  }
-  ~DataFile() { std::filesystem::remove(path_); }
-  const std::string& path() const { return path_; }
-
- private:
-  std::string path_;
-};
-
 Dataset load(const std::string& text, const Tokenizer& tokenizer, const DatasetOptions& o = {}) {
-  const DataFile file(text);
-  return load_dataset({file.path()}, tokenizer, o);
+  const Scratch scratch;
+  const std::string path = scratch / "rows.jsonl";
+  put(path, text);
+  return load_dataset({path}, tokenizer, o);
 }
 
 std::string message(const std::string& text, const DatasetOptions& options = {}) {
-  const DataFile file(text);
+  const Scratch scratch;
+  const std::string path = scratch / "rows.jsonl";
+  put(path, text);
   try {
-    load_dataset({file.path()}, Tokenizer(tiny_bpe()), options);
+    load_dataset({path}, Tokenizer(tiny_bpe()), options);
   } catch (const Error& e) {
     const std::string what = e.what();
-    return what.starts_with(file.path()) ? what.substr(file.path().rfind("rows.jsonl")) : what;
+    return what.starts_with(path) ? what.substr(path.rfind("rows.jsonl")) : what;
   }
   return "accepted";
 }
