@@ -364,22 +364,42 @@ class Run {
          << exact(now) << " of " << count << " after (" << r_.sample_prompts << ")\n";
   }
 
-  void print_next(std::ostream& text) {
-    if (s_.trains_weights()) {
-      const std::string model = directory_.file("model.gguf");
-      text << "chat       nibble chat -m " << model << "\n"
-           << "serve      llama-server -m " << model << "\n";
-      return;
+  bool speaks_chatml() const {
+    try {
+      ChatTemplate{*s_.tokenizer};
+      return true;
+    } catch (const Unsupported&) {
+      return false;
     }
-    text << "chat       nibble chat -m " << r_.model << " --adapter " << directory_.file("adapter")
-         << "\n";
-    const bool gguf = r_.model.ends_with(".gguf");
-    text << "serve      ";
-    if (gguf) {
-      text << "llama-server -m " << r_.model << " --lora " << directory_.file("adapter.gguf")
+  }
+
+  // Whether other programs read the base as it is: a GGUF without Nibble's NF4 planes.
+  bool is_stock_gguf(const std::string& base) const {
+    const auto& tensors = s_.loaded->checkpoint().tensors();
+    return base.ends_with(".gguf") &&
+           std::none_of(tensors.begin(), tensors.end(),
+                        [](const Checkpoint::Tensor& t) { return is_plane(t.type.dtype); });
+  }
+
+  void print_next(std::ostream& text) {
+    const std::string result = s_.trains_weights()
+                                   ? directory_.file("model.gguf")
+                                   : r_.model + " --adapter " + directory_.file("adapter") +
+                                         (s_.loaded->converted() > 0 ? " --method qlora" : "");
+    if (speaks_chatml()) {
+      text << "chat       nibble chat -m " << result << "\n";
+    } else {
+      text << "ask        nibble generate -m " << result << " --prompt TEXT\n";
+    }
+    // The embedded model as other programs find it, in the source tree.
+    const std::string base = r_.model == "tiny" ? "models/tiny/model.gguf" : r_.model;
+    if (s_.trains_weights()) {
+      text << "serve      llama-server -m " << result << "\n";
+    } else if (is_stock_gguf(base)) {
+      text << "serve      llama-server -m " << base << " --lora " << directory_.file("adapter.gguf")
            << "\n";
     } else {
-      text << "gguf-convert " << r_.model << " merged.gguf --type q8_0 --adapter "
+      text << "serve      gguf-convert " << base << " merged.gguf --type q8_0 --adapter "
            << directory_.file("adapter") << " && llama-server -m merged.gguf\n";
     }
   }
