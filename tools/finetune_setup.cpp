@@ -38,7 +38,6 @@ void load_data(FinetuneSetup& s, std::ostream& log) {
                        static_cast<long long>(s.loaded->config().context)));
   }
   limit_length(s.dataset, r.sequence, r.truncate, *s.tokenizer);
-  count_tokens(s.dataset, *s.tokenizer);
   r.format = s.dataset.format;
   Dataset& d = s.dataset;
   log << "data       " << d.format
@@ -135,7 +134,6 @@ void make_buckets(FinetuneSetup& s) {
   if (r.micro_batch == 0 && r.accumulation > 0) {
     r.micro_batch = (r.batch + r.accumulation - 1) / r.accumulation;
   }
-  std::int64_t capacity = r.micro_batch * r.sequence;
   std::vector<std::int64_t> totals, fills;
   for (std::int64_t step = 0; step < std::min<std::int64_t>(s.schedule->steps(), 200); ++step) {
     std::int64_t total = 0;
@@ -144,10 +142,9 @@ void make_buckets(FinetuneSetup& s) {
     }
     totals.push_back(total);
   }
-  if (capacity == 0) {
-    const std::int64_t most = *std::max_element(totals.begin(), totals.end());
-    capacity = std::max(r.sequence, std::min(kAutoMicroRows, most));
-  }
+  const std::int64_t wanted = r.micro_batch > 0 ? r.micro_batch * r.sequence : kAutoMicroRows;
+  const std::int64_t most = *std::max_element(totals.begin(), totals.end());
+  const std::int64_t capacity = std::max(r.sequence, std::min(wanted, most));
   for (std::int64_t total : totals) {
     for (; total > 0; total -= capacity) fills.push_back(std::min(total, capacity));
   }
@@ -178,6 +175,10 @@ void take_adapter_shape(Recipe& r, const ModelConfig& config) {
   r.alpha = adapter.scale(adapter.tensors.front()) * static_cast<double>(r.rank);
   r.targets.clear();
   for (const AdapterTensor& t : adapter.tensors) {
+    if (!is_decoder_linear(t.name)) {
+      throw Unsupported(r.adapter + " changes " + t.name +
+                        "; training goes on from adapters of the blocks' linears only");
+    }
     if (t.rank != r.rank || adapter.scale(t) * static_cast<double>(t.rank) != r.alpha) {
       throw Unsupported(r.adapter + ": " + t.name +
                         " has another rank or alpha than the rest; "
@@ -188,6 +189,13 @@ void take_adapter_shape(Recipe& r, const ModelConfig& config) {
     if (std::find(r.targets.begin(), r.targets.end(), target) == r.targets.end()) {
       r.targets.push_back(target);
     }
+  }
+  const auto wanted = static_cast<std::int64_t>(r.targets.size()) * config.layers;
+  if (std::ssize(adapter.tensors) != wanted) {
+    throw Unsupported(r.adapter + " has " + std::to_string(adapter.tensors.size()) + " of the " +
+                      std::to_string(wanted) +
+                      " matrix pairs that its targets have over all blocks; training goes on from "
+                      "adapters of every block only");
   }
 }
 
@@ -261,19 +269,16 @@ std::unique_ptr<Backend> open_backend(const std::string& name, int threads,
 DType compute_dtype(const std::string& name) { return name == "bf16" ? DType::BF16 : DType::F32; }
 
 std::vector<std::string> resolve_targets(const std::vector<std::string>& targets) {
-  const auto hf_name = [](const std::string& linear) {
-    static const std::map<std::string, std::string> names = {
-        {"attn_q", "q_proj"},      {"attn_k", "k_proj"},      {"attn_v", "v_proj"},
-        {"attn_output", "o_proj"}, {"ffn_gate", "gate_proj"}, {"ffn_up", "up_proj"},
-        {"ffn_down", "down_proj"}};
-    return names.at(linear);
+  const auto short_hf_name = [](const std::string& linear) {
+    const std::string path = hf_name("blk.0." + linear).value();
+    return path.substr(path.rfind('.') + 1);
   };
   std::vector<std::string> found;
   for (const std::string& target : targets) {
     bool matched = false;
     for (const std::string& linear : llama_linears()) {
-      bool match = target == "all-linear" || target == linear || target == hf_name(linear);
-      if (!match) match = std::regex_match(hf_name(linear), name_pattern(target));
+      bool match = target == "all-linear" || target == linear || target == short_hf_name(linear);
+      if (!match) match = std::regex_match(short_hf_name(linear), name_pattern(target));
       if (!match) match = std::regex_match(linear, name_pattern(target));
       if (!match) continue;
       matched = true;
