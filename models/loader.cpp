@@ -8,15 +8,12 @@
 
 #include "engine/error.h"
 #include "gguf-convert/convert.h"
+#include "gguf-convert/names.h"
 
 namespace nibble {
 namespace {
 
 bool is_quantized(DType dtype) { return is_plane(dtype) || is_block(dtype); }
-
-bool is_rotated(const std::string& name) {
-  return name.find("attn_q.") != std::string::npos || name.find("attn_k.") != std::string::npos;
-}
 
 ConvertOptions convert_options(const LoadOptions& options) {
   ConvertOptions convert;
@@ -41,7 +38,7 @@ LoadedModel::LoadedModel(std::unique_ptr<Checkpoint> checkpoint, const BackendIn
   // otherwise the stored bytes decide.
   bool all_rotated_converted = true;
   for (const Checkpoint::Tensor& t : checkpoint_->tensors()) {
-    if (is_rotated(t.name) && !is_converted(t)) all_rotated_converted = false;
+    if (has_rope_rows(t.name) && !is_converted(t)) all_rotated_converted = false;
   }
   if (all_rotated_converted) config_.rope_style = RopeStyle::half;
   for (const Checkpoint::Tensor& t : checkpoint_->tensors()) {
@@ -59,7 +56,7 @@ LoadedModel::LoadedModel(std::unique_ptr<Checkpoint> checkpoint, const BackendIn
     types_[t.name] = weight.type;
     if (options_.method == Method::full) continue;
     const bool reordered =
-        is_rotated(t.name) && config_.rope_style != checkpoint_->config().rope_style;
+        has_rope_rows(t.name) && config_.rope_style != checkpoint_->config().rope_style;
     weight.mapped = backend.reads_host_memory && weight.type == t.type && !reordered &&
                     !checkpoint_->mapped(t).empty();
     if (weight.mapped) {
