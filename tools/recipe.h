@@ -23,7 +23,7 @@ struct Recipe {
   std::string eval_split = "2%";
   bool truncate = false, skip_bad = false;
   // where
-  std::string out, backend = "auto", compute, memory, host_memory, storage = "auto";
+  std::string out, backend = "auto", compute, memory, storage = "auto";
   int threads = 0;
   bool resume = false, overwrite = false, dry_run = false, json = false;
   // adapter

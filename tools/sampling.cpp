@@ -252,7 +252,7 @@ int generate_command(const SamplingRequest& r, std::ostream& out, std::ostream& 
         static_cast<long long>(prompt.ids.size()), g.prompt_seconds,
         static_cast<double>(prompt.ids.size()) / std::max(g.prompt_seconds, 1e-9),
         static_cast<long long>(g.ids.size()), g.seconds,
-        static_cast<double>(g.ids.size()) / std::max(g.seconds + g.prompt_seconds * 0, 1e-9));
+        static_cast<double>(g.ids.size()) / std::max(g.seconds, 1e-9));
     if (os::interrupted()) return 130;
   }
   return 0;
