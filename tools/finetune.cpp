@@ -440,7 +440,8 @@ void check_overwrite(const Recipe& r) {
 }
 
 int refuse(const FinetuneSetup& s, std::ostream& log) {
-  log << "nibble: the run needs " << size_text(s.fit.total_bytes()) << ", --memory allows "
+  log << "nibble: the run needs " << size_text(s.fit.total_bytes()) << ", "
+      << (s.recipe.memory.empty() ? "this machine has " : "--memory allows ")
       << size_text(s.fit.budget_bytes)
       << "; try --storage block, a smaller --micro-batch or --seq, or a lower --rank\n";
   return 1;

@@ -253,7 +253,11 @@ void plan_rung(FinetuneSetup& s, const std::string& rung, std::int64_t sample_co
   s.fit.device.insert(s.fit.device.begin(), {"weights", s.loaded->weight_bytes()});
   if (s.loaded->mapped_bytes() > 0)
     s.fit.host.push_back({"weights mapped", s.loaded->mapped_bytes()});
-  s.fit.budget_bytes = r.memory.empty() ? 0 : parse_size(r.memory, "--memory");
+  if (!r.memory.empty()) {
+    s.fit.budget_bytes = parse_size(r.memory, "--memory");
+  } else if (s.fit.total_bytes() > os::memory_bytes()) {
+    s.fit.budget_bytes = os::memory_bytes();  // a limit nobody set matters where it is exceeded
+  }
 }
 
 }  // namespace
@@ -325,7 +329,7 @@ void plan_model(FinetuneSetup& s, std::int64_t sample_context) {
   const std::int64_t machine = os::memory_bytes() / 10 * 8;
   for (const char* rung : {"store", "cheap", "block"}) {
     plan_rung(s, rung, sample_context);
-    const std::int64_t budget = s.fit.budget_bytes > 0 ? s.fit.budget_bytes : machine;
+    const std::int64_t budget = r.memory.empty() ? machine : s.fit.budget_bytes;
     if (s.fit.total_bytes() <= budget) break;
   }
   r.storage = s.fit.storage;
@@ -371,7 +375,7 @@ void print_fit(const FitReport& fit, std::ostream& out) {
     out << "           " << line.name << " " << size_text(line.bytes) << " (not allocated)\n";
   }
   if (fit.budget_bytes > 0) {
-    out << "           --memory " << size_text(fit.budget_bytes) << ": "
+    out << "           of " << size_text(fit.budget_bytes) << ": "
         << (fit.fits() ? "fits\n"
                        : "does not fit, " + size_text(fit.total_bytes() - fit.budget_bytes) +
                              " too much\n");
