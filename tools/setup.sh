@@ -39,11 +39,16 @@ install_packages() {
   $root apt-get install -y -qq --no-install-recommends $debian_packages >/dev/null
 }
 
-# configure DIRECTORY OPTION...: a Meson build directory, made once.
+# configure DIRECTORY OPTION...: a Meson build directory, made once; options are set in one that is
+# there.
 configure() {
-  local directory=$1
+  local directory=$1 command=setup
   shift
-  [ -f "$directory/build.ninja" ] || meson setup "$directory" "$@" >"$directory.log" 2>&1 || {
+  if [ -f "$directory/build.ninja" ]; then
+    [ $# = 0 ] && return
+    command=configure
+  fi
+  meson "$command" "$directory" "$@" >"$directory.log" 2>&1 || {
     cat "$directory.log"
     exit 1
   }
