@@ -38,14 +38,20 @@ std::size_t edit_distance(const std::string& a, const std::string& b) {
   return row.back();
 }
 
+// The sub-command that the command line names, also by another name; nullptr: none.
+const CLI::App* command_of(const CLI::App& app, int argc, char** argv) {
+  for (const CLI::App* sub : app.get_subcommands({})) {
+    if (argc > 1 && sub->check_name(argv[1])) return sub;
+  }
+  return nullptr;
+}
+
 // The known word nearest to the first unknown flag or command on the command line.
 std::string suggestion(const CLI::App& app, int argc, char** argv) {
   std::vector<std::string> commands, flags;
-  const CLI::App* command = &app;
-  for (const CLI::App* sub : app.get_subcommands({})) {
-    commands.push_back(sub->get_name());
-    if (argc > 1 && sub->get_name() == argv[1]) command = sub;
-  }
+  for (const CLI::App* sub : app.get_subcommands({})) commands.push_back(sub->get_name());
+  const CLI::App* named = command_of(app, argc, argv);
+  const CLI::App* command = named != nullptr ? named : &app;
   for (const CLI::Option* option : command->get_options()) {
     for (const std::string& name : option->get_lnames()) flags.push_back("--" + name);
   }
@@ -68,16 +74,44 @@ std::string suggestion(const CLI::App& app, int argc, char** argv) {
                          : "; see nibble " + command->get_name() + " --help";
 }
 
-// The command line with the flags of --config FILE put in front of the user's own, which win. In
-// reverse order, as CLI11 takes it.
-std::vector<std::string> arguments(int argc, char** argv) {
+// The option that a word of the command line names, if it does.
+const CLI::Option* option_of(const CLI::App& command, const std::string& word) {
+  if (!word.starts_with("-")) return nullptr;
+  const std::string name = word.substr(0, word.find('='));
+  for (const CLI::Option* option : command.get_options()) {
+    if (option->check_name(name)) return option;
+  }
+  return nullptr;
+}
+
+// Flags of a configuration without those that the user gives as well: the user's win, and lists
+// would grow otherwise.
+std::vector<std::string> without(const std::vector<std::string>& flags,
+                                 const std::vector<std::string>& own, const CLI::App& command) {
+  std::vector<std::string> kept;
+  bool keeps = true;
+  for (const std::string& word : flags) {
+    if (const CLI::Option* option = option_of(command, word)) {
+      keeps = std::none_of(own.begin(), own.end(), [&](const std::string& given) {
+        return option_of(command, given) == option;
+      });
+    }
+    if (keeps) kept.push_back(word);
+  }
+  return kept;
+}
+
+// The command line with the flags of --config FILE put in front of the user's own. In reverse
+// order, as CLI11 takes it.
+std::vector<std::string> arguments(const CLI::App& app, int argc, char** argv) {
   std::vector<std::string> words(argv + 1, argv + argc);
-  for (std::size_t i = 1; i < words.size(); ++i) {
+  const CLI::App* command = command_of(app, argc, argv);
+  for (std::size_t i = 1; command != nullptr && i < words.size(); ++i) {
     std::string path;
     if (words[i] == "--config" && i + 1 < words.size()) path = words[i + 1];
     if (words[i].starts_with("--config=")) path = words[i].substr(9);
     if (path.empty()) continue;
-    const std::vector<std::string> flags = config_flags(path);
+    const std::vector<std::string> flags = without(config_flags(path), words, *command);
     words.insert(words.begin() + 1, flags.begin(), flags.end());
     break;
   }
@@ -120,7 +154,7 @@ int main(int argc, char** argv) {
   command("bench", "Measure ops, training steps or decoding", bench_request, add_bench_flags,
           [](const BenchRequest& r) { return bench_command(r, std::cout, std::cerr); });
   try {
-    app.parse(arguments(argc, argv));
+    app.parse(arguments(app, argc, argv));
   } catch (const Error& e) {
     std::cerr << "nibble: " << e.what() << "\n";
     return 2;
