@@ -5,7 +5,7 @@
 
 Rows {"instruction", "input"?, "output"} ask for facts of world.py. A held-out row asks for a fact
 that no training row asks for in any wording; of opposites, the reverse pair is left out too. Every
-held-out answer to a question about a person or a town also answers training rows about others, so
+held-out answer about a person or a river also answers training rows about others, so
 neither the entity, nor the attribute, nor the answer is new, only their combination: it has to come
 from the pretraining text.
 """
