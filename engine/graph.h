@@ -37,8 +37,9 @@ struct Tensor {
   std::int32_t node = -1;
   std::int32_t output = 0;
   explicit operator bool() const { return graph != nullptr; }
-  const TensorType& type() const;
-  const Shape& shape() const { return type().shape; }
+  // By value: appending to the graph moves its nodes.
+  TensorType type() const;
+  Shape shape() const { return type().shape; }
   DType dtype() const { return type().dtype; }
 };
 
@@ -168,7 +169,7 @@ class Graph {
   std::int32_t open_segment_ = -1;
 };
 
-inline const TensorType& Tensor::type() const { return graph->type({node, output}); }
+inline TensorType Tensor::type() const { return graph->type({node, output}); }
 
 // The leaf that a value is a version of, following in-place state updates; the value itself if it
 // is none.
