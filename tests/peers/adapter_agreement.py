@@ -5,9 +5,9 @@
 same base in transformers, and both programs continue the same prompts. What PEFT alone says without
 the adapter is compared too: an adapter that changes nothing would prove nothing.
 
-A run on the model in the tree, which also tests the Hugging Face directory that gguf-convert writes:
+With the model in the tree, and the Hugging Face directory that gguf-convert makes of it:
 
-    build/tools/gguf-convert models/tiny/model.gguf tiny-hf --type f32
+    build/gguf-convert/gguf-convert models/tiny/model.gguf tiny-hf --type f32
     build/tools/nibble finetune -m tiny-hf -d models/tiny/instructions.jsonl --method lora \\
         --steps 20 --lr 2e-3 -o tiny-run
     python3 tests/peers/adapter_agreement.py --nibble build/tools/nibble --model tiny-hf \\
@@ -32,7 +32,8 @@ def read_prompts(path, count):
     with open(path, encoding="utf-8") as rows:
         for line in rows:
             row = json.loads(line)
-            found = next((row[key] for key in ("prompt", "instruction", "text") if row.get(key)), "")
+            keys = ("prompt", "instruction", "text")
+            found = next((row[key] for key in keys if row.get(key)), "")
             if found and len(prompts) < count:
                 prompts.append(found)
     if not prompts:

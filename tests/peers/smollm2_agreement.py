@@ -62,9 +62,10 @@ def compare_prefixes(options, model, tokenizer):
     answers = peer.nibble_generate(options.nibble, options.model, prefixes, 1, options.threads)
     comparison = peer.Comparison()
     for n, answer in enumerate(answers, start=1):
-        if answer["ids"]:
-            comparison.add(f"prefix {n}", answer,
-                           peer.answer_logprobs(model, ids[:n], answer["ids"]))
+        line = comparison.add(f"prefix {n}", answer,
+                              peer.answer_logprobs(model, ids[:n], answer["ids"]))
+        if "1 of 1" not in line:
+            print(line)
     print("prefixes:", comparison.summary(), flush=True)
     return comparison.passed()
 
