@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <filesystem>
 #include <iostream>
-#include <numeric>
 
 #include "engine/os.h"
 #include "gguf-convert/convert.h"
+#include "gguf-convert/suggest.h"
 
 namespace {
 
@@ -46,21 +46,6 @@ void declare(CLI::App& app, Arguments& a) {
   app.add_flag("--json", a.request.json, "one JSON object on standard output");
 }
 
-std::size_t edit_distance(const std::string& a, const std::string& b) {
-  std::vector<std::size_t> row(b.size() + 1);
-  std::iota(row.begin(), row.end(), std::size_t{0});
-  for (std::size_t i = 1; i <= a.size(); ++i) {
-    std::size_t diagonal = row[0];
-    row[0] = i;
-    for (std::size_t j = 1; j <= b.size(); ++j) {
-      const std::size_t replaced = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
-      diagonal = row[j];
-      row[j] = std::min({row[j] + 1, row[j - 1] + 1, replaced});
-    }
-  }
-  return row.back();
-}
-
 // "; did you mean --type?" for the first flag on the command line that does not exist.
 std::string suggestion(const CLI::App& app, int argc, char** argv) {
   std::vector<std::string> known;
@@ -72,10 +57,7 @@ std::string suggestion(const CLI::App& app, int argc, char** argv) {
     flag = flag.substr(0, flag.find('='));
     const bool is_flag = flag.size() > 2 && flag.compare(0, 2, "--") == 0;
     if (!is_flag || std::find(known.begin(), known.end(), flag) != known.end()) continue;
-    const auto nearest = std::min_element(known.begin(), known.end(), [&](auto& x, auto& y) {
-      return edit_distance(flag, x) < edit_distance(flag, y);
-    });
-    return "; did you mean " + *nearest + "?";
+    return "; did you mean " + nibble::nearest(flag, known) + "?";
   }
   return "; see gguf-convert --help";
 }

@@ -5,10 +5,10 @@
 #include <algorithm>
 #include <functional>
 #include <iostream>
-#include <numeric>
 
 #include "engine/error.h"
 #include "engine/os.h"
+#include "gguf-convert/suggest.h"
 #include "tools/bench.h"
 #include "tools/finetune.h"
 #include "tools/inspect.h"
@@ -22,21 +22,6 @@
 namespace {
 
 using namespace nibble;
-
-std::size_t edit_distance(const std::string& a, const std::string& b) {
-  std::vector<std::size_t> row(b.size() + 1);
-  std::iota(row.begin(), row.end(), std::size_t{0});
-  for (std::size_t i = 1; i <= a.size(); ++i) {
-    std::size_t diagonal = row[0];
-    row[0] = i;
-    for (std::size_t j = 1; j <= b.size(); ++j) {
-      const std::size_t replaced = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
-      diagonal = row[j];
-      row[j] = std::min({row[j] + 1, row[j - 1] + 1, replaced});
-    }
-  }
-  return row.back();
-}
 
 // The sub-command that the command line names, also by another name; nullptr: none.
 const CLI::App* command_of(const CLI::App& app, int argc, char** argv) {
@@ -55,11 +40,6 @@ std::string suggestion(const CLI::App& app, int argc, char** argv) {
   for (const CLI::Option* option : command->get_options()) {
     for (const std::string& name : option->get_lnames()) flags.push_back("--" + name);
   }
-  const auto nearest = [](const std::string& word, const std::vector<std::string>& known) {
-    return *std::min_element(known.begin(), known.end(), [&](const auto& x, const auto& y) {
-      return edit_distance(word, x) < edit_distance(word, y);
-    });
-  };
   if (command == &app && argc > 1 && argv[1][0] != '-') {
     return "; did you mean nibble " + nearest(argv[1], commands) + "?";
   }
