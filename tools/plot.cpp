@@ -140,7 +140,8 @@ class Axes {
       }
     }
     if (y_least_ > y_most_) y_least_ = 0, y_most_ = 1;
-    const double margin = std::max(0.05 * (y_most_ - y_least_), 1e-3);
+    // Relative as well: a constant added to a large loss would vanish, and the axis with it.
+    const double margin = std::max({0.05 * (y_most_ - y_least_), 1e-3, 1e-6 * y_most_});
     y_least_ = std::max(0.0, y_least_ - margin);
     y_most_ += margin;
   }
@@ -153,14 +154,17 @@ class Axes {
   void draw() {
     const double dy = tick_step(y_most_ - y_least_, 8);
     const int digits = std::max(0, -static_cast<int>(std::floor(std::log10(dy) + 1e-9)));
-    for (double v = std::ceil(y_least_ / dy) * dy; v <= y_most_; v += dy) {
+    const double first = std::ceil(y_least_ / dy);
+    for (int tick = 0; (first + tick) * dy <= y_most_; ++tick) {
+      const double v = (first + tick) * dy;
       canvas_.line(kLeft, y(v), kRight, y(v), 1, kGrid);
       const std::string label = format("%.*f", digits, v);
       canvas_.text(kLeft - 10 - Canvas::text_width(label, 2), static_cast<int>(y(v)) - 7, label, 2,
                    kInk);
     }
     const double dx = std::max(1.0, tick_step(x_most_, 8));
-    for (double v = 0; v <= x_most_; v += dx) {
+    for (int tick = 0; tick * dx <= x_most_; ++tick) {
+      const double v = tick * dx;
       canvas_.line(x(v), kBottom, x(v), kBottom + 6, 1, kInk);
       const std::string label = format("%.0f", v);
       canvas_.text(static_cast<int>(x(v)) - Canvas::text_width(label, 2) / 2, kBottom + 12, label,
