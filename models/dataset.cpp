@@ -314,6 +314,34 @@ void limit_length(Dataset& dataset, std::int64_t seq, bool truncate, const Token
   count_tokens(dataset, tokenizer);
 }
 
+void check_ids(const std::vector<Row>& rows, std::int64_t vocab) {
+  for (const Row& row : rows) {
+    for (const std::int32_t id : row.ids) {
+      if (id >= 0 && id < vocab) continue;
+      throw Error(row.source + ": the tokenizer gives token " + std::to_string(id) +
+                  ", the model has embeddings for 0 to " + std::to_string(vocab - 1) +
+                  "; model and tokenizer do not belong together");
+    }
+  }
+}
+
+std::uint64_t fingerprint(const std::vector<Row>& rows) {
+  std::uint64_t hash = 0xcbf29ce484222325u;
+  const auto add = [&](std::uint64_t value, int bytes) {
+    for (int i = 0; i < bytes; ++i) {
+      hash = (hash ^ (value >> (8 * i) & 0xFF)) * 0x100000001b3u;
+    }
+  };
+  for (const Row& row : rows) {
+    add(row.ids.size(), 8);  // rows cut elsewhere are other rows
+    for (std::size_t i = 0; i < row.ids.size(); ++i) {
+      add(static_cast<std::uint32_t>(row.ids[i]), 4);
+      add(row.trained[i], 1);
+    }
+  }
+  return hash;
+}
+
 std::string render(const Row& row, const Tokenizer& tokenizer, Marks marks) {
   const bool terminal = marks == Marks::terminal;
   const std::string open = terminal ? "\x1b[1;32m" : "\xC2\xAB";

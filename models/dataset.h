@@ -65,6 +65,13 @@ void limit_length(Dataset& dataset, std::int64_t seq, bool truncate, const Token
 // The counts of `dataset` that follow from its rows.
 void count_tokens(Dataset& dataset, const Tokenizer& tokenizer);
 
+// Throws Error naming the first row with an id that a model of `vocab` tokens has no embedding for.
+void check_ids(const std::vector<Row>& rows, std::int64_t vocab);
+
+// 64-bit FNV-1a over the rows' ids and which of them are trained: equal for equal rows in the same
+// order.
+std::uint64_t fingerprint(const std::vector<Row>& rows);
+
 // One row for people: its text with control tokens shown and trained spans in guillemets, or in
 // bold green for a terminal. Valid UTF-8 without control characters.
 enum class Marks { guillemets, terminal };

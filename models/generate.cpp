@@ -116,6 +116,13 @@ const std::vector<float>& Decoder::append(std::span<const std::int32_t> tokens) 
 
 std::int32_t choose_token(std::span<const float> logits, const SampleOptions& options,
                           std::uint64_t index, float& logprob) {
+  const auto bad =
+      std::find_if(logits.begin(), logits.end(), [](float logit) { return !std::isfinite(logit); });
+  if (bad != logits.end()) {
+    throw Error("the logit of token " + std::to_string(bad - logits.begin()) + " is " +
+                std::to_string(*bad) +
+                ", wanted a finite number; the weights or the adapter are damaged or diverged");
+  }
   std::int32_t chosen =
       static_cast<std::int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
   if (options.temperature > 0) {

@@ -52,7 +52,8 @@ struct SampleOptions {
 };
 
 // Token number `index` of a generation from logits; log-probability (of the unmodified
-// distribution) goes to `logprob`. Ties go to the lower id.
+// distribution) goes to `logprob`. Ties go to the lower id. Throws Error for logits that are not
+// finite.
 std::int32_t choose_token(std::span<const float> logits, const SampleOptions& options,
                           std::uint64_t index, float& logprob);
 

@@ -11,6 +11,7 @@ namespace nibble {
 namespace {
 
 constexpr std::int64_t kBucketStep = 256;
+constexpr std::int64_t kMaxRows = std::int64_t{1} << 28;  // of a schedule: 1 GiB of row numbers
 constexpr std::uint64_t kShuffleStream = hash_name("row order");
 
 // An integer in [0, n) from 64 random bits; the bias is below n / 2^64.
@@ -22,20 +23,34 @@ std::uint64_t below(std::uint64_t n, std::uint64_t seed, std::uint64_t epoch, st
   return ((static_cast<std::uint64_t>(r[0]) << 32) | r[1]) % n;
 }
 
+// Doubles, so that no product overflows; false for NaN.
+void check_rows(double rows) {
+  if (rows <= static_cast<double>(kMaxRows)) return;
+  throw Error("the run would take more than " + std::to_string(kMaxRows) +
+              " rows over all its epochs; give fewer --steps or --epochs, or a smaller --batch");
+}
+
 }  // namespace
 
 Schedule::Schedule(std::vector<std::int64_t> lengths, const ScheduleOptions& options)
     : lengths_(std::move(lengths)), options_(options) {
   if (lengths_.empty()) throw Error("there is no row to train on");
   step_begin_.push_back(0);
+  const auto rows = static_cast<double>(lengths_.size());
   if (options_.steps > 0) {
+    // An epoch has at most this many steps, fewer with packing, and all but the last are whole.
+    const double most = std::ceil(rows / static_cast<double>(options_.batch));
+    check_rows((static_cast<double>(options_.steps) / most - 1) * rows);
+    check_rows(static_cast<double>(options_.steps));
     for (std::int64_t epoch = 0; steps() < options_.steps; ++epoch) {
+      check_rows(static_cast<double>(order_.size()));
       append_epoch(epoch, static_cast<std::int64_t>(lengths_.size()), options_.steps);
     }
     return;
   }
-  const auto rows = static_cast<double>(lengths_.size());
-  auto left = static_cast<std::int64_t>(std::ceil(rows * options_.epochs - 1e-9));
+  check_rows(rows * options_.epochs);
+  auto left = std::max<std::int64_t>(
+      1, static_cast<std::int64_t>(std::ceil(rows * options_.epochs - 1e-9)));
   for (std::int64_t epoch = 0; left > 0; ++epoch) {
     const auto take = std::min(left, static_cast<std::int64_t>(lengths_.size()));
     append_epoch(epoch, take, INT64_MAX);

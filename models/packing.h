@@ -28,7 +28,8 @@ struct ScheduleOptions {
 
 class Schedule {
  public:
-  // lengths: tokens of each row. Throws Error when there are none.
+  // lengths: tokens of each row. Throws Error when there are none, and when the run would take more
+  // than 2^28 rows. The least run is one row.
   Schedule(std::vector<std::int64_t> lengths, const ScheduleOptions& options);
   std::int64_t steps() const { return static_cast<std::int64_t>(step_begin_.size()) - 1; }
   // Row numbers of step `step`, in order.
