@@ -274,7 +274,10 @@ class Run {
                time_text(static_cast<double>(r_.steps - step) * mean_seconds).c_str(),
                size_text(s_.backend->allocated_bytes()).c_str());
     if (terminal_) {
-      log_ << "\r" << line << "\033[K" << std::flush;
+      // A line that wraps could not be written over.
+      const int columns = std::max(2, os::terminal_columns(2));
+      log_ << "\r" << line.substr(0, static_cast<std::size_t>(columns - 1)) << "\033[K"
+           << std::flush;
       if (step == r_.steps) log_ << "\n";
     } else if (step == 1 || step == r_.steps ||
                step % std::max<std::int64_t>(1, r_.steps / 20) == 0) {
@@ -284,7 +287,7 @@ class Run {
 
   void log_row(const Json& row) {
     directory_.log(row);
-    if (r_.json) out_ << row.dump() << "\n" << std::flush;
+    if (r_.json) out_ << json_text(row) << "\n" << std::flush;
   }
 
   void plot() {
@@ -417,11 +420,22 @@ class Run {
   std::vector<Answer> first_answers_;
 };
 
+// What config.json keeps: the flags, and which rows --data held. As it reads back, so that it can
+// be compared: file names need not be UTF-8.
+Json run_config(const FinetuneSetup& s) {
+  Json config = to_json(s.recipe);
+  config[kDataRead] = {
+      {"rows", s.data_read.rows},
+      {"tokens", s.data_read.tokens},
+      {"fnv1a", format("%016llx", static_cast<unsigned long long>(s.data_read.fingerprint))}};
+  return Json::parse(json_text(config));
+}
+
 // A resumed run must be the run that was started: names each recipe flag that differs.
-void check_same_recipe(const RunDirectory& directory, const Recipe& recipe) {
+void check_same_recipe(const RunDirectory& directory, const Json& config) {
   const auto before = directory.config();
   if (!before) return;
-  const auto differences = recipe_differences(*before, to_json(recipe));
+  const auto differences = recipe_differences(*before, config);
   if (differences.empty()) return;
   std::string message = directory.path() + " was started with another recipe:";
   for (const std::string& difference : differences) message += " " + difference + ";";
@@ -468,8 +482,9 @@ int finetune(const Recipe& recipe, std::ostream& out, std::ostream& log) {
                                        : RunDirectory::Open::fresh;
   if (open == RunDirectory::Open::overwrite) check_overwrite(setup.recipe);
   RunDirectory directory(setup.recipe.out, open);
-  if (recipe.resume) check_same_recipe(directory, setup.recipe);
-  directory.write_config(to_json(setup.recipe));
+  const Json config = run_config(setup);
+  if (recipe.resume) check_same_recipe(directory, config);
+  directory.write_config(config);
   log << "run        " << directory.path() << "\n";
   return Run(std::move(setup), std::move(directory), out, log).execute();
 }

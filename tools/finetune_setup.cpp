@@ -29,6 +29,7 @@ void load_data(FinetuneSetup& s, std::ostream& log) {
   options.train_on = train_on_from_name(r.train_on);
   options.skip_bad = r.skip_bad;
   s.dataset = load_dataset(r.data, *s.tokenizer, options);
+  check_ids(s.dataset.rows, s.loaded->config().vocab);
   if (r.sequence == 0) {
     r.sequence = std::min({s.dataset.longest, kMaxAutoSequence, s.loaded->config().context});
   }
@@ -40,6 +41,7 @@ void load_data(FinetuneSetup& s, std::ostream& log) {
   limit_length(s.dataset, r.sequence, r.truncate, *s.tokenizer);
   r.format = s.dataset.format;
   Dataset& d = s.dataset;
+  s.data_read = {static_cast<std::int64_t>(d.rows.size()), d.total_tokens, fingerprint(d.rows)};
   log << "data       " << d.format
       << " rows: " << count_text(static_cast<std::int64_t>(d.rows.size())) << ", "
       << count_text(d.total_tokens) << " tokens, " << count_text(d.trained_tokens)
@@ -88,6 +90,7 @@ void split_data(FinetuneSetup& s, std::ostream& log) {
   options.skip_bad = r.skip_bad;
   if (!r.eval_data.empty()) {
     Dataset eval = load_dataset({r.eval_data}, *s.tokenizer, options);
+    check_ids(eval.rows, s.loaded->config().vocab);
     limit_length(eval, r.sequence, r.truncate, *s.tokenizer);
     s.held_out = std::move(eval.rows);
     s.train = std::move(s.dataset.rows);
@@ -100,6 +103,7 @@ void split_data(FinetuneSetup& s, std::ostream& log) {
   if (!r.sample_prompts.empty()) {
     options.format.clear();
     Dataset samples = load_dataset({r.sample_prompts}, *s.tokenizer, options);
+    check_ids(samples.rows, s.loaded->config().vocab);
     s.samples = std::move(samples.rows);
   } else {
     const std::vector<Row>& from = s.held_out.empty() ? s.train : s.held_out;

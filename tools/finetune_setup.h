@@ -16,12 +16,19 @@
 
 namespace nibble {
 
+// What --data held, to tell whether a resumed run reads the same rows.
+struct DataRead {
+  std::int64_t rows = 0, tokens = 0;
+  std::uint64_t fingerprint = 0;
+};
+
 struct FinetuneSetup {
   Recipe recipe;  // with every default filled in
   std::unique_ptr<Backend> backend;
   std::unique_ptr<LoadedModel> loaded;
   std::unique_ptr<Tokenizer> tokenizer;  // null: only lengths matter (random weights)
   Dataset dataset;
+  DataRead data_read;
   std::vector<Row> train, held_out, samples;
   std::unique_ptr<Schedule> schedule;
   std::vector<std::int64_t> buckets;

@@ -75,8 +75,12 @@ void add_recipe_flags(CLI::App& command, Recipe& r) {
       ->check(CLI::IsMember({"auto", "store", "cheap", "block"}))
       ->capture_default_str();
   command.add_option("--threads,-t", r.threads, "CPU threads; default: all cores")->group(where);
-  command.add_flag("--resume", r.resume, "go on from the newest checkpoint of --out")->group(where);
-  command.add_flag("--overwrite", r.overwrite, "replace what --out holds")->group(where);
+  auto* resume =
+      command.add_flag("--resume", r.resume, "go on from the newest checkpoint of --out")
+          ->group(where);
+  command.add_flag("--overwrite", r.overwrite, "replace what --out holds")
+      ->group(where)
+      ->excludes(resume);
   command.add_flag("--dry-run", r.dry_run, "stop before weights are read")->group(where);
   command.add_flag("--json", r.json, "print the log's rows to stdout and nothing else")
       ->group(where);
@@ -189,11 +193,13 @@ void add_recipe_flags(CLI::App& command, Recipe& r) {
   command
       .add_option("--eval-every,--eval-steps", r.eval_every,
                   "steps between held-out losses; default: ten a run")
-      ->group(keep);
+      ->group(keep)
+      ->check(CLI::PositiveNumber);
   command
       .add_option("--save-every,--save-steps", r.save_every,
                   "steps between checkpoints; default: ten a run")
-      ->group(keep);
+      ->group(keep)
+      ->check(CLI::PositiveNumber);
   command
       .add_option("--keep-checkpoints,--save-total-limit", r.keep_checkpoints,
                   "newest checkpoints to keep")
@@ -257,6 +263,7 @@ std::vector<std::string> config_flags(const std::string& path) {
   std::vector<std::string> flags;
   const nlohmann::ordered_json defaults = to_json(Recipe{});
   for (const auto& [key, value] : config.items()) {
+    if (key == kDataRead) continue;
     const auto unset = defaults.find(key);  // a default such as 0 need not be a value to give
     if (unset != defaults.end() && *unset == value) continue;
     std::string flag = "--" + key;
@@ -289,6 +296,10 @@ std::vector<std::string> recipe_differences(const nlohmann::ordered_json& before
       continue;
     const auto old = before.find(key);
     if (old == before.end() || *old == value) continue;
+    if (key == kDataRead) {
+      differences.push_back("--data has other rows than when the run was started");
+      continue;
+    }
     std::string flag = "--" + key;
     std::replace(flag.begin(), flag.end(), '_', '-');
     if (key == "steps" && value >= *old) continue;  // a run may be made longer

@@ -53,6 +53,9 @@ void add_recipe_flags(CLI::App& command, Recipe& recipe);
 // All flags but --out, --backend, --threads and the switches of a single start.
 nlohmann::ordered_json to_json(const Recipe& recipe);
 
+// The member of a run's config.json that is no flag: which rows --data held.
+constexpr const char* kDataRead = "data_read";
+
 // The flags that a config.json stands for: {"--rank", "16", ...}.
 std::vector<std::string> config_flags(const std::string& path);
 

@@ -87,6 +87,11 @@ std::string stem(const std::string& path) {
 
 }  // namespace
 
+std::string json_text(const nlohmann::ordered_json& value, int indent) {
+  return value.dump(indent, ' ', /*ensure_ascii=*/false,
+                    nlohmann::ordered_json::error_handler_t::replace);
+}
+
 RunDirectory::RunDirectory(const std::string& path, Open open) : path_(path) {
   std::error_code error;
   if (fs::exists(path_, error) && !fs::is_directory(path_, error)) {
@@ -115,11 +120,11 @@ std::optional<nlohmann::ordered_json> RunDirectory::config() const {
 }
 
 void RunDirectory::write_config(const nlohmann::ordered_json& config) const {
-  os::write_file(file("config.json"), config.dump(2) + "\n");
+  os::write_file(file("config.json"), json_text(config, 2) + "\n");
 }
 
 void RunDirectory::log(const nlohmann::ordered_json& row) const {
-  os::append_file(file("log.jsonl"), row.dump() + "\n");
+  os::append_file(file("log.jsonl"), json_text(row) + "\n");
 }
 
 std::vector<nlohmann::ordered_json> RunDirectory::read_log() const {
@@ -139,7 +144,7 @@ std::vector<nlohmann::ordered_json> RunDirectory::read_log() const {
 void RunDirectory::cut_log(std::int64_t step) const {
   std::string text;
   for (const nlohmann::ordered_json& row : read_log()) {
-    if (row.value("step", std::int64_t{0}) <= step) text += row.dump() + "\n";
+    if (row.value("step", std::int64_t{0}) <= step) text += json_text(row) + "\n";
   }
   os::write_file(file("log.jsonl"), text);
 }

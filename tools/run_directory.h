@@ -11,6 +11,9 @@
 
 namespace nibble {
 
+// `value` on one line, or indented; bytes that are no UTF-8, as file names may have, become U+FFFD.
+std::string json_text(const nlohmann::ordered_json& value, int indent = -1);
+
 class RunDirectory {
  public:
   enum class Open { fresh, overwrite, resume };

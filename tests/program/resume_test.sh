@@ -4,24 +4,32 @@
 . "$(dirname "$0")/lib.sh"
 RANDOM=7
 
+now_ms() { echo $((${EPOCHREALTIME/[.,]/} / 1000)); }
 long="--steps 60 --save-every 2"
+begin=$(now_ms)
 train "$scratch/long" $long
+whole=$(($(now_ms) - begin))
 check "an uninterrupted run" test -f "$scratch/long/adapter.gguf"
 
-# The program itself is the job, so that the signal reaches it wherever it is.
+# The program itself is the job, so that the signal reaches it wherever it is. The moments are
+# fractions of what a whole run takes, which sanitizers and a busy machine make many times longer.
 kills=0 starts=0
 while [ "$kills" -lt 10 ] && [ "$starts" -lt 60 ]; do
   starts=$((starts + 1))
   "$nibble" finetune --model tiny --data models/tiny/instructions.jsonl --out "$scratch/killed" \
-    --rank 4 --batch 4 --lr 1e-3 --eval-split 5% --threads 2 --resume $long >/dev/null 2>&1 &
+    --rank 4 --batch 4 --lr 1e-3 --eval-split 5% --threads 2 --resume $long >/dev/null 2>>"$scratch/starts.err" &
   job=$!
-  sleep "0.$((RANDOM % 7))$((RANDOM % 10))"
-  if kill -9 "$job" 2>/dev/null; then kills=$((kills + 1)); fi
-  wait "$job" 2>/dev/null
+  pause=$((whole * (RANDOM % 600) / 1000))
+  sleep "$(printf '%d.%03d' $((pause / 1000)) $((pause % 1000)))"
+  kill -9 "$job" 2>/dev/null
+  status=0
+  wait "$job" 2>/dev/null || status=$?
+  [ "$status" = 137 ] && kills=$((kills + 1))
   # A run that came to its end is done once more from the start.
   [ -f "$scratch/killed/adapter.gguf" ] && [ "$kills" -lt 10 ] && rm -rf "$scratch/killed"
 done
 check "killed $kills times in $starts starts" test "$kills" = 10
+check "some starts went on from a checkpoint" grep -q "resume     at step [1-9]" "$scratch/starts.err"
 train "$scratch/killed" --resume $long
 check "and resumed: same adapter" same "$scratch/long" "$scratch/killed"
 check "the resumed log has every step once" test \
@@ -48,6 +56,13 @@ check "another recipe is refused by name" exits 1 "lr was 0.001, is 0.01" \
   "$nibble" finetune --model tiny --data models/tiny/instructions.jsonl --out "$scratch/longer" --rank 4 \
   --batch 4 --steps 12 --lr 1e-2 --eval-split 5% --threads 2 --resume
 
+cp models/tiny/instructions.jsonl "$scratch/rows.jsonl"
+changing=("$nibble" finetune --model tiny --data "$scratch/rows.jsonl" --out "$scratch/changing" --rank 4
+  --batch 2 --steps 1 --threads 2)
+"${changing[@]}" >/dev/null 2>&1
+echo '{"instruction": "Say no.", "output": "No."}' >>"$scratch/rows.jsonl"
+check "other rows under the same name are refused" exits 1 "data has other rows" "${changing[@]}" --resume
+
 # An adapter to start from: the loss before training is that adapter's loss.
 train "$scratch/second" --adapter "$scratch/whole/adapter" --steps 2
 last=$(grep '"type":"eval"' "$scratch/whole/log.jsonl" | tail -n 1 | grep -o '"eval_loss":[0-9.e-]*')
@@ -60,13 +75,18 @@ check "and from its GGUF form ($first)" test "$first" = "$last"
 # Ctrl-C: a checkpoint and status 130, then on to the same end.
 train "$scratch/interrupted" --steps 24 --save-every 1000 &
 job=$!
-sleep 0.6
+for _ in $(seq 3000); do  # until it trains
+  grep -q '"type":"step"' "$scratch/interrupted/log.jsonl" 2>/dev/null && break
+  kill -0 "$job" 2>/dev/null || break
+  sleep 0.1
+done
 pkill -INT -P "$job"
 wait "$job"
 status=$?
 if [ "$status" = 130 ]; then
   check "Ctrl-C leaves a checkpoint" ls "$scratch"/interrupted/checkpoints/step-*.gguf
   train "$scratch/interrupted" --save-every 1000 --resume
+  check "and goes on from it" grep -q "resume     at step [1-9]" "$scratch/interrupted.err"
 else
   echo "skipped: the run ended before it was interrupted (status $status)"
 fi
