@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <ostream>
 
 #include "engine/error.h"
@@ -212,6 +213,41 @@ std::vector<Prompt> read_prompts(const SamplingRequest& r, const Tokenizer& toke
   return prompts;
 }
 
+// The prompt for the conversation so far. Forgets the oldest turns where the context has no room
+// for them and an answer, and says so; nullopt when the last message alone is too long.
+std::optional<ChatTokens> fitting_prompt(const ChatTemplate& chat, Session& session,
+                                         std::vector<Message>& messages, std::int64_t answer,
+                                         std::ostream& log) {
+  const std::int64_t context = session.decoder().context();
+  const std::int64_t room = std::min(answer, context / 4);
+  const std::size_t system = messages.front().role == "system" ? 1 : 0;
+  std::int64_t forgotten = 0;
+  std::optional<ChatTokens> prompt;
+  while (true) {
+    prompt = chat.encode(session.tokenizer(), messages, ChatEnd::wants_answer);
+    const bool last = messages.size() - system <= 1;
+    if (std::ssize(prompt->ids) + (last ? 1 : room) <= context) break;
+    if (last) {
+      prompt.reset();
+      break;
+    }
+    const auto oldest = messages.begin() + static_cast<std::ptrdiff_t>(system);
+    messages.erase(oldest, oldest + 2);  // a question and its answer
+    ++forgotten;
+  }
+  if (forgotten > 0) {
+    log << format("the context of %lld tokens is full: forgot the oldest turns (%lld)\n",
+                  static_cast<long long>(context), static_cast<long long>(forgotten));
+  }
+  if (!prompt) {
+    log << format(
+        "this message does not fit the context of %lld tokens; say it shorter, or start "
+        "with a larger --context\n",
+        static_cast<long long>(context));
+  }
+  return prompt;
+}
+
 }  // namespace
 
 void add_generate_flags(CLI::App& command, SamplingRequest& r) {
@@ -273,13 +309,20 @@ int chat_command(const SamplingRequest& r, std::istream& in, std::ostream& out, 
     if (line.empty()) continue;
     if (line == "/exit" || line == "/quit") break;
     messages.push_back({"user", line});
-    const ChatTokens prompt = chat.encode(session.tokenizer(), messages, ChatEnd::wants_answer);
-    const Generation g = generate(session.decoder(), session.tokenizer(), prompt.ids, r.sample,
+    const auto prompt = fitting_prompt(chat, session, messages, r.sample.max_tokens, log);
+    if (!prompt) {
+      messages.pop_back();
+      continue;
+    }
+    const Generation g = generate(session.decoder(), session.tokenizer(), prompt->ids, r.sample,
                                   [&](const std::string& text) {
                                     out << text << std::flush;
                                     return !os::interrupted();
                                   });
     out << "\n" << std::flush;
+    if (!g.ended && session.decoder().position() == session.decoder().context()) {
+      log << "the answer stops here: the context is full\n";
+    }
     messages.push_back({"assistant", g.text});
   }
   return os::interrupted() ? 130 : 0;

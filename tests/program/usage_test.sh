@@ -30,13 +30,31 @@ check "ends with the answers" grep -q "after" "$scratch/report"
 check "allocates what was planned" grep -q "equal to the byte" "$scratch/report"
 check "a picture" test -s "$scratch/run/loss.png"
 check "a directory in use is refused" exits 1 "is not empty" "${finetune[@]}" --data $rows --steps 2
+check "resume and overwrite exclude each other" exits 2 "xclude" "${finetune[@]}" --data $rows --resume --overwrite
+check "resume needs a directory" exits 1 "needs --out" "$nibble" finetune --model tiny --data $rows --resume
+check "steps between losses are positive" exits 2 "eval-every" "${finetune[@]}" --data $rows --eval-every 0
+check "more steps than there is room to plan" exits 1 "fewer --steps" "${finetune[@]}" --data $rows --steps 1000000000000 --dry-run
+check "more epochs than there is room to plan" exits 1 "--epochs" "${finetune[@]}" --data $rows --epochs 1e300 --dry-run
+check "an adapter to start from is not overwritten" exits 1 "would delete" "${finetune[@]}" --data $rows --overwrite --adapter "$scratch/run/adapter"
+check "and is still there" test -s "$scratch/run/adapter/adapter_model.safetensors"
 check "resume without a checkpoint says so" exits 0 "no checkpoint" "$nibble" finetune --model tiny --data $rows --steps 1 --rank 2 --batch 2 --out "$scratch/new" --resume
 
 check "a run's config.json makes the same run" "$nibble" finetune --config "$scratch/run/config.json" --out "$scratch/again" >/dev/null 2>&1
 check "bit for bit" same "$scratch/run" "$scratch/again"
+printf '{"instruction": "a", "output": "b"}\n{"instruction": "c", "output": "d"}\n' >"$scratch/two.jsonl"
+check "flags given beside a config replace its lists" exits 0 "alpaca rows: 2," "$nibble" finetune --config "$scratch/run/config.json" --data "$scratch/two.jsonl" --out "$scratch/b" --dry-run
+check "no limit of the gradient norm" exits 0 "" "${finetune[@]}" --data "$scratch/two.jsonl" --out "$scratch/unclipped" --steps 1 --rank 2 --clip 0
+check "survives its config.json" exits 0 "" "$nibble" finetune --config "$scratch/unclipped/config.json" --out "$scratch/unclipped2"
+check "as it was" grep -q '"clip": 0' "$scratch/unclipped2/config.json"
+printf '{"text": "日本語の文章です。"}\n{"text": "🎉 👩‍🚀 é ü ß"}\n' >"$scratch/characters.jsonl"
+check "characters of several bytes train" exits 0 "held out" "${finetune[@]}" --data "$scratch/characters.jsonl" --out "$scratch/characters" --steps 2 --rank 2
 check "a config that is not JSON" exits 2 "rows.txt" "$nibble" finetune --config "$scratch/rows.txt"
 
 check "generate with the adapter" "$nibble" generate -m tiny --adapter "$scratch/run/adapter" -p "The cow says" -n 4 2>/dev/null >"$scratch/text"
+seq -f 'The cow says hello and walks over the green field number %g.' 6 >"$scratch/turns"
+chat() { "$nibble" chat -m tiny -c "$1" -n 8 <"$scratch/turns"; }
+check "a chat forgets its oldest turns where the context is full" exits 0 "forgot the oldest turns" chat 128
+check "and says when one message alone is too long" exits 0 "does not fit the context" chat 16
 check "generate as JSON" grep -q '"logprobs"' <("$nibble" generate -m tiny -p "The cow" -n 4 --json 2>/dev/null)
 check "tokens of a text" grep -q '"ids"' <("$nibble" tokens -m tiny --text "The cow" --json)
 check "rows as the trainer sees them" grep -q "EOS is trained in 296 rows" <("$nibble" tokens -m tiny --data $rows)
