@@ -3,7 +3,11 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <limits>
 #include <set>
+
+#include "engine/error.h"
+#include "models/generate.h"
 
 using namespace nibble;
 
@@ -60,6 +64,45 @@ TEST_CASE("the order depends on the seed alone") {
   CHECK(a.steps() == 12);
   CHECK(longer.steps() == 20);
   CHECK(differs);
+}
+
+TEST_CASE("a run too long to plan is refused before anything is allocated") {
+  ScheduleOptions options;
+  options.steps = std::int64_t{1} << 40;
+  CHECK_THROWS_AS(Schedule(lengths(50), options), Error);
+  options.steps = 0;
+  for (const double epochs : {1e9, 1e300, std::numeric_limits<double>::infinity()}) {
+    options.epochs = epochs;
+    CHECK_THROWS_AS(Schedule(lengths(50), options), Error);
+  }
+  options.epochs = 1e-12;
+  CHECK(Schedule(lengths(50), options).steps() == 1);
+}
+
+TEST_CASE("logits that are not finite are refused, whatever the sampling") {
+  SampleOptions greedy, sampled;
+  sampled.temperature = 1;
+  for (const float bad :
+       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+    std::vector<float> logits(300, 0.5f);
+    logits[7] = bad;
+    float logprob = 0;
+    CHECK_THROWS_AS(choose_token(logits, greedy, 0, logprob), Error);
+    CHECK_THROWS_AS(choose_token(logits, sampled, 0, logprob), Error);
+  }
+}
+
+TEST_CASE("rows with ids beyond the vocabulary are refused, equal rows have equal fingerprints") {
+  std::vector<Row> rows = {make_row(0, 5, 2), make_row(3, 4, 1)};
+  CHECK_NOTHROW(check_ids(rows, 7));
+  CHECK_THROWS_AS(check_ids(rows, 6), Error);
+  std::vector<Row> other = rows;
+  CHECK(fingerprint(rows) == fingerprint(other));
+  std::swap(other[0], other[1]);
+  CHECK(fingerprint(rows) != fingerprint(other));
+  other = rows;
+  other[1].trained[0] = 1;
+  CHECK(fingerprint(rows) != fingerprint(other));
 }
 
 TEST_CASE("packs hold as many rows as fit and no more") {
