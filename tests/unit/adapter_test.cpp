@@ -184,11 +184,11 @@ TEST_CASE("what plain LoRA cannot say is refused by name") {
       {"lora_bias", true},  {"init_lora_weights", "pissa_niter_4"},
       {"peft_type", "IA3"}, {"trainable_token_indices", nlohmann::json::array({1})},
       {"use_qalora", true}, {"alora_invocation_tokens", nlohmann::json::array({5})}};
-  for (const auto& [key, value] : variants) {
+  for (const auto& variant : variants) {
     nlohmann::json changed = good;
-    changed[key] = value;
+    changed[variant.first] = variant.second;
     set_config(scratch / "peft", changed);
-    CAPTURE(key);
+    CAPTURE(variant.first);
     CHECK_THROWS_AS(read_adapter(scratch / "peft"), Unsupported);
   }
   nlohmann::json gaussian = good;

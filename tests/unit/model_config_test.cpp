@@ -168,10 +168,10 @@ TEST_CASE("config.json: bad values and every truncation are FormatErrors") {
       {"model_type", 5},
       {"rope_scaling", {{"rope_type", "linear"}, {"factor", 0}}},
       {"rope_scaling", {{"rope_type", "linear"}}}};
-  for (const auto& [key, value] : bad) {
-    CAPTURE(key);
-    CAPTURE(value.dump());
-    CHECK_THROWS_AS(parse(with(key, value)), FormatError);
+  for (const auto& entry : bad) {
+    CAPTURE(entry.first);
+    CAPTURE(entry.second.dump());
+    CHECK_THROWS_AS(parse(with(entry.first, entry.second)), FormatError);
   }
   CHECK_THROWS_AS(config_from_json("[1]", "c.json"), FormatError);
   CHECK_THROWS_AS(config_from_json("\xff{", "c.json"), FormatError);
