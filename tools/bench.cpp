@@ -24,7 +24,7 @@ double median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
-std::vector<float> normal_values(std::int64_t count, std::uint64_t stream) {
+std::vector<float> uniform_values(std::int64_t count, std::uint64_t stream) {
   std::vector<float> values(static_cast<std::size_t>(count));
   for (std::size_t i = 0; i < values.size(); ++i) {
     const PhiloxBlock r = philox(stream, {static_cast<std::uint32_t>(i), 0, 0, 0});
@@ -67,7 +67,7 @@ class OpBench {
     graph->keep(build(*graph, x, w));
     program_ = runtime_.add(std::move(graph));
     const auto values = [](const TensorType& type, std::uint64_t stream) {
-      const std::vector<float> v = normal_values(type.elements(), stream);
+      const std::vector<float> v = uniform_values(type.elements(), stream);
       return encode(type, std::vector<double>(v.begin(), v.end()));
     };
     weight_ = backend.allocate(bytes(w), "weight");
@@ -125,8 +125,8 @@ void bench_gemm(const BenchRequest& r, Backend& backend, const GemmShape& shape,
                        backend, compute, TensorType{compute, {shape.rows, shape.out}, {}},
                        TensorType{DType::NF4, {shape.out, shape.in}, {}}, build_linear_dx),
                    {}});
-  const std::vector<float> x = normal_values(shape.rows * shape.in, 3);
-  const std::vector<float> w = normal_values(shape.out * shape.in, 4);
+  const std::vector<float> x = uniform_values(shape.rows * shape.in, 3);
+  const std::vector<float> w = uniform_values(shape.out * shape.in, 4);
   std::vector<float> y(static_cast<std::size_t>(shape.rows * shape.out));
   std::vector<double> blas_seconds;
   for (int round = 0; round < 9; ++round) {
@@ -187,8 +187,8 @@ double gemm_rate(Backend& backend, const BenchRequest& r, std::int64_t rows, std
   if (blas.available()) {
     what = "OpenBLAS sgemm";
     blas.set_threads(r.threads > 0 ? r.threads : os::physical_cores());
-    const std::vector<float> x = normal_values(shape.rows * shape.in, 3);
-    const std::vector<float> w = normal_values(shape.out * shape.in, 4);
+    const std::vector<float> x = uniform_values(shape.rows * shape.in, 3);
+    const std::vector<float> w = uniform_values(shape.out * shape.in, 4);
     std::vector<float> y(static_cast<std::size_t>(shape.rows * shape.out));
     for (int i = 0; i < 9; ++i) {
       const double begin = os::seconds();
@@ -206,17 +206,26 @@ double gemm_rate(Backend& backend, const BenchRequest& r, std::int64_t rows, std
 }
 
 // 4 FLOP per frozen weight and token (forward, gradient of the input), 6 per trained one, 2 more
-// for what block recompute repeats. Embedding rows are looked up, not multiplied; the head counts.
+// for what block recompute repeats: the linears of the blocks but ffn_down, whose result no
+// gradient reads. Embedding rows are looked up, not multiplied; the head counts.
 double step_flops(const FinetuneSetup& s, std::int64_t tokens) {
-  double frozen = 0, trained = 0;
+  double sum = 0;
+  const auto count = [&](const std::string& name, std::int64_t elements, double flops) {
+    const bool repeated = s.fit.storage == "block" && name.starts_with("blk.") &&
+                          name.find(".ffn_down.") == std::string::npos;
+    sum += (repeated ? flops + 2 : flops) * static_cast<double>(elements);
+  };
   for (const auto& [name, type] : s.loaded->types()) {
     if (type.shape.rank() < 2) continue;
     if (name == "token_embd.weight" && !s.loaded->config().tied_embeddings) continue;
-    (s.trains_weights() ? trained : frozen) += static_cast<double>(type.elements());
+    count(name, type.elements(), s.trains_weights() ? 6 : 4);
   }
-  if (!s.trains_weights()) trained += static_cast<double>(s.trainer->parameters().trainable());
-  const double again = s.fit.storage == "block" ? 2 : 0;
-  return static_cast<double>(tokens) * ((4 + again) * frozen + (6 + again) * trained);
+  if (!s.trains_weights()) {
+    for (const ParameterSegment& p : s.trainer->parameters().segments()) {
+      count(p.name, p.elements(), 6);
+    }
+  }
+  return static_cast<double>(tokens) * sum;
 }
 
 int bench_train(const BenchRequest& r, std::ostream& out, std::ostream& log) {

@@ -28,7 +28,7 @@ void add_recipe_flags(CLI::App& command, Recipe& r) {
       ->group(what)
       ->check(CLI::IsMember({"qlora", "lora", "full"}))
       ->capture_default_str();
-  command.add_option("--adapter", r.adapter, "start from this adapter (PEFT directory or GGUF)")
+  command.add_option("--adapter", r.adapter, "start from this adapter (PEFT or GGUF); its rank, alpha and targets win")
       ->group(what);
   command.add_option("--format", r.format, "row format; detected when left out")
       ->group(what)
