@@ -51,6 +51,10 @@ struct BackendInfo {
   std::int64_t alignment;   // of every buffer and arena offset, bytes
   std::int64_t plane_alignment;
   bool reads_host_memory;  // leaves may be bound to ordinary host addresses, such as a mapped file
+  std::int64_t memory_bytes;  // free for this backend when it was opened
+  // BF16 products take weights rounded to BF16, as tensor cores need them, and round what lies
+  // between two products inside an op (attention's probabilities). The CPU does neither.
+  bool rounds_operands = false;
 };
 
 // A block of backend memory; released on destruction.
@@ -86,9 +90,16 @@ class Backend {
   virtual bool supports(const OpCall& call) const = 0;
   // Bytes of scratch that the kernel wants; a pure function of the call's types and params.
   virtual std::int64_t scratch_bytes(const OpCall& call) const = 0;
+  // Whether `next`, the step right after `group`, runs in one kernel with them (group holds one
+  // step at first). The plan then keeps the inputs and outputs of all of them apart, as if they
+  // were one op.
+  virtual bool fuses(const Graph& graph, std::span<const std::int32_t> group,
+                     std::int32_t next) const;
   virtual std::unique_ptr<Buffer> allocate(std::int64_t bytes, std::string_view purpose) = 0;
   virtual std::int64_t allocated_bytes() const = 0;  // by live buffers
+  // In the order of the runs around it. `from` may be reused at once; the bytes may arrive later.
   virtual void upload(std::byte* to, std::span<const std::byte> from) = 0;
+  // Waits for everything enqueued before.
   virtual void download(std::span<std::byte> to, const std::byte* from) = 0;
   virtual void clear(std::byte* to, std::int64_t bytes) = 0;
   virtual std::unique_ptr<Executable> compile(const Plan& plan, const Bindings& bindings) = 0;

@@ -23,6 +23,10 @@ int updated_input(const OpDef& def) {
   return def.updates == 0 ? -1 : std::countr_zero(def.updates);
 }
 
+bool Backend::fuses(const Graph&, std::span<const std::int32_t>, std::int32_t) const {
+  return false;
+}
+
 OpCall describe(const Graph& graph, std::int32_t id) {
   const Node& node = graph.node(id);
   OpCall call;

@@ -66,15 +66,22 @@ int terminal_columns(int descriptor);  // 80 when unknown
 // A shared library that need not be there.
 class Library {
  public:
-  explicit Library(std::initializer_list<const char*> names);  // the first that loads
+  explicit Library(std::span<const std::string> names);  // the first that loads
+  explicit Library(std::initializer_list<std::string> names)
+      : Library(std::span<const std::string>(names.begin(), names.size())) {}
   Library(const Library&) = delete;
   Library& operator=(const Library&) = delete;
   ~Library();
   void* symbol(const char* name) const;  // nullptr: no library, or not in it
+  bool loaded() const { return handle_ != nullptr; }
+  const std::string& error() const { return error_; }  // why the last name did not load
 
  private:
   void* handle_ = nullptr;
+  std::string error_;
 };
+
+std::string executable_directory();  // of the running program; empty when unknown
 
 // From then on the first interrupt (Ctrl-C) or termination signal only sets a flag; a second one
 // ends the process with status 130.

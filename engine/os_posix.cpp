@@ -19,6 +19,7 @@
 #include <csignal>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <limits>
 #include <set>
 #include <system_error>
@@ -415,10 +416,14 @@ void catch_interrupt() {
 
 bool interrupted() { return interrupt_seen != 0; }
 
-Library::Library(std::initializer_list<const char*> names) {
-  for (const char* name : names) {
-    handle_ = dlopen(name, RTLD_NOW | RTLD_LOCAL);
+Library::Library(std::span<const std::string> names) {
+  for (const std::string& name : names) {
+    handle_ = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (handle_ != nullptr) return;
+    // A path that does not exist says less than the reason why one that does cannot be loaded.
+    const char* reason = dlerror();
+    const bool absent = name.find('/') != std::string::npos && access(name.c_str(), F_OK) != 0;
+    if (reason != nullptr && (error_.empty() || !absent)) error_ = reason;
   }
 }
 
@@ -428,6 +433,12 @@ Library::~Library() {
 
 void* Library::symbol(const char* name) const {
   return handle_ == nullptr ? nullptr : dlsym(handle_, name);
+}
+
+std::string executable_directory() {
+  std::error_code error;
+  const std::filesystem::path program = std::filesystem::read_symlink("/proc/self/exe", error);
+  return error ? std::string() : program.parent_path().string();
 }
 
 }  // namespace nibble::os

@@ -20,6 +20,7 @@ class Planner {
     plan_.locations.resize(index(graph_.size()));
     plan_.scratch.assign(index(graph_.size()), -1);
     find_steps();
+    find_fused();
     find_last_reads();
     for (const std::int32_t id : plan_.steps) assign_storage(id);
     place_all();
@@ -46,6 +47,30 @@ class Planner {
       } else {
         plan_.locations[index(id)][0] = {Location::Kind::leaf, id, 0};
       }
+    }
+  }
+
+  // Steps that the backend runs as one kernel. All their reads count as happening in the first,
+  // all their writes as lasting through the last.
+  void find_fused() {
+    plan_.fused.assign(plan_.steps.size(), false);
+    group_first_.resize(index(graph_.size()) + 1);
+    group_last_.resize(index(graph_.size()) + 1);
+    for (std::int32_t id = 0; id <= graph_.size(); ++id) {
+      group_first_[index(id)] = group_last_[index(id)] = id;
+    }
+    const std::span<const std::int32_t> steps = plan_.steps;
+    for (std::size_t first = 0; first < steps.size();) {
+      std::size_t end = first + 1;
+      while (end < steps.size() &&
+             backend_.fuses(graph_, steps.subspan(first, end - first), steps[end])) {
+        plan_.fused[end++] = true;
+      }
+      for (std::size_t i = first; i < end; ++i) {
+        group_first_[index(steps[i])] = steps[first];
+        group_last_[index(steps[i])] = steps[end - 1];
+      }
+      first = end;
     }
   }
 
@@ -122,6 +147,10 @@ class Planner {
   }
 
   void place_all() {
+    for (Lifetime& life : lifetimes_) {
+      life.first = group_first_[index(life.first)];
+      life.last = group_last_[index(life.last)];
+    }
     const Placement placement = place(lifetimes_, alignment_);
     plan_.arena_bytes = placement.bytes;
     plan_.lower_bound_bytes = placement.lower_bound;
@@ -154,6 +183,7 @@ class Planner {
   std::int64_t alignment_;
   Plan plan_;
   std::vector<PerOutput> last_read_, storage_;
+  std::vector<std::int32_t> group_first_, group_last_;  // by node: of its kernel
   std::vector<Lifetime> lifetimes_;
   std::vector<std::pair<std::int32_t, std::int32_t>> scratch_storage_;
 };

@@ -21,7 +21,8 @@ struct Location {
 
 struct Plan {
   const Graph* graph = nullptr;
-  std::vector<std::int32_t> steps;                                 // node ids, ascending
+  std::vector<std::int32_t> steps;  // node ids, ascending
+  std::vector<bool> fused;          // by step: runs in one kernel with the step before it
   std::vector<std::array<Location, Node::kMaxOutputs>> locations;  // by node
   std::vector<std::int64_t> scratch;                               // by node: arena offset, or -1
   std::int64_t arena_bytes = 0;

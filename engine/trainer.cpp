@@ -47,7 +47,7 @@ Trainer::Trainer(Backend& backend, ParameterTable parameters, BuildLoss build_lo
     for (const std::int64_t share : kLossShares) {
       const std::int64_t loss_rows = std::max<std::int64_t>(1, rows / share);
       if (options_.training) add_program(rows, loss_rows, true);
-      add_program(rows, loss_rows, false);
+      if (options_.evaluates) add_program(rows, loss_rows, false);
     }
   }
   if (options_.training) apply_ = add_apply();
@@ -279,16 +279,14 @@ void Trainer::micro(const Microbatch& batch, const Executable::Hook& hook) {
   tokens_ += batch.label_count();
 }
 
-StepResult Trainer::apply(double lr) {
+StepResult Trainer::apply(double lr, const Executable::Hook& hook) {
   if (tokens_ == 0) throw Error("apply() without a label token since the last step");
   StepResult result;
   result.tokens = tokens_;
   const DType stat = options_.compute == DType::F64 ? DType::F64 : DType::F32;
   const TensorType one{stat, {1}, {}};
   std::vector<std::byte> host(static_cast<std::size_t>(bytes(one)));
-  runtime_.read("loss_sum", host);
   const auto tokens = static_cast<double>(tokens_);
-  result.loss = decode(one, host.data())[0] / tokens;
   const auto t = static_cast<double>(step_ + 1);
   const std::array<double, 8> scalars = {lr,
                                          options_.beta1,
@@ -299,10 +297,17 @@ StepResult Trainer::apply(double lr) {
                                          1 / tokens,
                                          options_.clip};
   runtime_.write("scalars", encode({stat, {8}, {}}, scalars));
-  runtime_.run(apply_);
+  if (hook) {
+    runtime_.run_checked(apply_, hook);
+  } else {
+    runtime_.run(apply_);
+  }
+  // The only place where a step waits for the device.
   double norm = 0;
   runtime_.read(apply_, norm_, std::as_writable_bytes(std::span<double>(&norm, 1)));
   result.grad_norm = std::sqrt(norm) / tokens;
+  runtime_.read("loss_sum", host);
+  result.loss = decode(one, host.data())[0] / tokens;
   runtime_.write("loss_sum", encode(one, std::array<double, 1>{0.0}));
   tokens_ = 0;
   ++step_;

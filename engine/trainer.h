@@ -47,7 +47,8 @@ struct TrainerOptions {
   std::vector<std::int64_t> buckets = {512};                  // rows of a microbatch, ascending
   double beta1 = 0.9, beta2 = 0.999, eps = 1e-8, clip = 1.0;  // clip 0: none
   std::uint64_t seed = 0;
-  bool training = true;  // false: evaluation programs only, no gradients and moments
+  bool training = true;   // false: evaluation programs only, no gradients and moments
+  bool evaluates = true;  // false: no evaluation programs
 };
 
 struct StepResult {
@@ -76,7 +77,7 @@ class Trainer {
 
   // With a hook every node is visited after it ran (see Executable).
   void micro(const Microbatch& batch, const Executable::Hook& hook = {});
-  StepResult apply(double lr);
+  StepResult apply(double lr, const Executable::Hook& hook = {});
   // The loss of every labelled row, in row order. Touches no training state.
   std::vector<float> evaluate(const Microbatch& batch);
 

@@ -4,9 +4,12 @@
 // Element i of tensor t is N(0, initializer_range) from philox(seed, hash(name of t), i), rounded
 // to BF16; norms are F32 ones. An element depends on nothing else, so any range of any tensor can
 // be made at any time on any thread, and is the same everywhere.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <filesystem>
+#include <thread>
+#include <vector>
 
 #include "engine/error.h"
 #include "engine/float16.h"
@@ -51,16 +54,16 @@ class RandomCheckpoint final : public Checkpoint {
     if (static_cast<std::int64_t>(out.size()) != bytes(tensor.type)) {
       throw ShapeError(tensor.name + ": wrong size of destination");
     }
-    std::byte* next = out.data();
-    each(tensor, 0, tensor.type.elements(), [&](float value) {
-      if (tensor.type.dtype == DType::F32) {
-        std::memcpy(next, &value, sizeof value);
-        next += sizeof value;
-      } else {
+    const bool wide = tensor.type.dtype == DType::F32;
+    const std::int64_t size = wide ? sizeof(float) : sizeof(bf16);
+    in_parts(tensor.type.elements(), [&](std::int64_t begin, std::int64_t count) {
+      std::byte* next = out.data() + begin * size;
+      each(tensor, begin, count, [&](float value) {
         const bf16 rounded = to_bf16(value);
-        std::memcpy(next, &rounded, sizeof rounded);
-        next += sizeof rounded;
-      }
+        std::memcpy(next, wide ? static_cast<const void*>(&value) : &rounded,
+                    static_cast<std::size_t>(size));
+        next += size;
+      });
     });
   }
 
@@ -69,8 +72,10 @@ class RandomCheckpoint final : public Checkpoint {
     if (begin < 0 || count > tensor.type.elements() - begin) {
       throw ShapeError(tensor.name + ": range outside the tensor");
     }
-    float* next = out.data();
-    each(tensor, begin, count, [&](float value) { *next++ = value; });
+    in_parts(count, [&](std::int64_t part, std::int64_t part_count) {
+      float* next = out.data() + part;
+      each(tensor, begin + part, part_count, [&](float value) { *next++ = value; });
+    });
   }
 
   void forget(const Tensor&) const override {}
@@ -85,6 +90,20 @@ class RandomCheckpoint final : public Checkpoint {
   std::string directory() const {
     const std::string parent = std::filesystem::path(path_).parent_path().string();
     return parent.empty() ? "." : parent;
+  }
+  // Calls work(begin, count) for parts of [0, count), a thread each.
+  template <class Work>
+  static void in_parts(std::int64_t count, const Work& work) {
+    constexpr std::int64_t kPart = 1 << 22;
+    const std::int64_t wanted = (count + kPart - 1) / kPart;
+    const std::int64_t parts = std::min<std::int64_t>(wanted, os::physical_cores());
+    if (parts <= 1) return work(0, count);
+    const std::int64_t each = (count + parts - 1) / parts;
+    std::vector<std::thread> threads;
+    for (std::int64_t begin = 0; begin < count; begin += each) {
+      threads.emplace_back([&work, begin, n = std::min(each, count - begin)] { work(begin, n); });
+    }
+    for (std::thread& t : threads) t.join();
   }
   template <class Sink>
   void each(const Tensor& tensor, std::int64_t begin, std::int64_t count, Sink&& sink) const {

@@ -149,10 +149,13 @@ Tensor Llama::decoder_block(Graph& graph, Tensor x, Tensor positions, std::int64
     return rope(input, positions, frequencies, head_dim, pairs(config_.rope_style));
   };
   Tensor n = rms_norm(x, weight(graph, block_name(block, "attn_norm.weight")), eps);
-  const Tensor q = rotate(layer(n, 0));
-  const Tensor k = rotate(layer(n, 1));
+  // What shares n stands together, then what a backend may turn in one launch.
+  const Tensor q = layer(n, 0);
+  const Tensor k = layer(n, 1);
   const Tensor v = layer(n, 2);
-  x = add(x, layer(attend(q, k, v), 3));
+  const Tensor turned_q = rotate(q);
+  const Tensor turned_k = rotate(k);
+  x = add(x, layer(attend(turned_q, turned_k, v), 3));
   n = rms_norm(x, weight(graph, block_name(block, "ffn_norm.weight")), eps);
   const Tensor gate = layer(n, 4);
   const Tensor up = layer(n, 5);

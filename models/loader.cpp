@@ -15,6 +15,12 @@ namespace {
 
 bool is_quantized(DType dtype) { return is_plane(dtype) || is_block(dtype); }
 
+// "attn_q.weight" of "blk.7.attn_q.weight"; empty outside the blocks.
+std::string_view block_part(std::string_view name) {
+  if (!name.starts_with("blk.")) return {};
+  return name.substr(name.find('.', 4) + 1);
+}
+
 ConvertOptions convert_options(const LoadOptions& options) {
   ConvertOptions convert;
   convert.type = DType::NF4;
@@ -84,11 +90,19 @@ void LoadedModel::read(Backend& backend, const Progress& progress) const {
     for (std::size_t i = next++; i < weights_.size(); i = next++) {
       const Weight& w = weights_[i];
       if (w.mapped) continue;
+      const std::string_view in_block =
+          options_.repeat_first_block ? block_part(w.source->name) : "";
+      if (!in_block.empty() && !w.source->name.starts_with("blk.0.")) continue;
       try {
         host.resize(static_cast<std::size_t>(bytes(w.type)));
         convert_tensor(*checkpoint_, *w.source, w.type, config_.rope_style, host);
         const std::lock_guard lock(mutex);
         backend.upload(buffer_->data() + w.offset, host);
+        for (const Weight& other : weights_) {
+          if (in_block.empty() || &other == &w || block_part(other.source->name) != in_block)
+            continue;
+          backend.upload(buffer_->data() + other.offset, host);
+        }
         checkpoint_->forget(*w.source);
         done += bytes(w.type);
         if (progress) progress(done, weight_bytes_);

@@ -33,6 +33,9 @@ struct LoadOptions {
   std::optional<std::regex> no_quant;  // matrices that stay as they are
   std::optional<DType> head;
   int threads = 1;
+  // Every block gets the weights of block 0: for measuring speed with random weights, which take
+  // longer to draw than to use.
+  bool repeat_first_block = false;
 };
 
 class LoadedModel {

@@ -6,6 +6,8 @@
 #include <iosfwd>
 #include <string>
 
+#include "tools/backend.h"
+
 namespace CLI {
 class App;
 }
@@ -13,13 +15,16 @@ class App;
 namespace nibble {
 
 struct BenchRequest {
-  std::string what, model, compute = "f32", storage = "store", method = "qlora", backend = "auto";
-  std::int64_t batch = 4, sequence = 256, rank = 16, steps = 5, prompt = 128, tokens = 64;
-  int threads = 0;
+  BackendChoice where;
+  std::string what, model, compute, storage = "store", method = "qlora", memory;
+  std::int64_t batch = 4, sequence = 256, rank = -1, steps = 5, prompt = 128, tokens = 64;
+  double dropout = 0, peak_seconds = 2;
   bool ops = false, json = false;
 };
 
 void add_bench_flags(CLI::App& command, BenchRequest& request);
+int bench_train(const BenchRequest& request, std::ostream& out, std::ostream& log);
+int bench_decode(const BenchRequest& request, std::ostream& out, std::ostream& log);
 int bench_command(const BenchRequest& request, std::ostream& out, std::ostream& log);
 
 }  // namespace nibble

@@ -5,7 +5,6 @@
 #include <ostream>
 #include <regex>
 
-#include "backends/cpu/cpu.h"
 #include "engine/error.h"
 #include "engine/os.h"
 #include "engine/philox.h"
@@ -18,8 +17,9 @@
 namespace nibble {
 namespace {
 
-constexpr std::int64_t kAnswerTokens = 64;     // of the answers shown before and after
-constexpr std::int64_t kAutoMicroRows = 1024;  // tokens that amortize decoding a weight panel
+constexpr std::int64_t kAnswerTokens = 64;  // of the answers shown before and after
+// Tokens that amortize decoding the weights: on a GPU a whole matrix is decoded for each product.
+constexpr std::int64_t kAutoMicroRows = 1024, kAutoMicroRowsCuda = 8192;
 constexpr std::int64_t kMaxAutoSequence = 4096;
 
 void load_data(FinetuneSetup& s, std::ostream& log) {
@@ -146,7 +146,8 @@ void make_buckets(FinetuneSetup& s) {
     }
     totals.push_back(total);
   }
-  const std::int64_t wanted = r.micro_batch > 0 ? r.micro_batch * r.sequence : kAutoMicroRows;
+  const std::int64_t automatic = is_cuda(s.backend->info()) ? kAutoMicroRowsCuda : kAutoMicroRows;
+  const std::int64_t wanted = r.micro_batch > 0 ? r.micro_batch * r.sequence : automatic;
   const std::int64_t most = *std::max_element(totals.begin(), totals.end());
   const std::int64_t capacity = std::max(r.sequence, std::min(wanted, most));
   for (std::int64_t total : totals) {
@@ -213,7 +214,7 @@ LoadOptions load_options(const Recipe& r) {
   options.quant.double_quant = !r.no_double_quant;
   if (!r.no_quant.empty()) options.no_quant = name_pattern(r.no_quant);
   if (!r.head.empty()) options.head = output_type(r.head);
-  options.threads = r.threads;
+  options.threads = r.where.threads;
   return options;
 }
 
@@ -238,6 +239,8 @@ void plan_rung(FinetuneSetup& s, const std::string& rung, std::int64_t sample_co
   options.compute = compute_dtype(r.compute);
   options.rung = rung_from_name(rung);
   options.buckets = s.buckets;
+  options.evaluates = s.evaluates;
+  options.training = !s.without_adapter;
   options.beta2 = r.beta2;
   options.clip = r.clip;
   options.seed = r.seed;
@@ -259,22 +262,13 @@ void plan_rung(FinetuneSetup& s, const std::string& rung, std::int64_t sample_co
     s.fit.host.push_back({"weights mapped", s.loaded->mapped_bytes()});
   if (!r.memory.empty()) {
     s.fit.budget_bytes = parse_size(r.memory, "--memory");
-  } else if (s.fit.total_bytes() > os::memory_bytes()) {
-    s.fit.budget_bytes = os::memory_bytes();  // a limit nobody set matters where it is exceeded
+  } else if (s.fit.total_bytes() > s.backend->info().memory_bytes) {
+    // A limit that nobody set matters where it is exceeded.
+    s.fit.budget_bytes = s.backend->info().memory_bytes;
   }
 }
 
 }  // namespace
-
-std::unique_ptr<Backend> open_backend(const std::string& name, int threads,
-                                      std::int64_t memory_limit) {
-  if (name != "auto" && name != "cpu") {
-    throw Unsupported("--backend " + name + ": this build has cpu");
-  }
-  return cpu::make_cpu_backend({.threads = threads, .isa = {}, .memory_limit = memory_limit});
-}
-
-DType compute_dtype(const std::string& name) { return name == "bf16" ? DType::BF16 : DType::F32; }
 
 std::vector<std::string> resolve_targets(const std::vector<std::string>& targets) {
   const auto short_hf_name = [](const std::string& linear) {
@@ -303,13 +297,14 @@ std::vector<std::string> resolve_targets(const std::vector<std::string>& targets
 
 void open_setup_model(FinetuneSetup& s) {
   Recipe& r = s.recipe;
-  if (r.threads <= 0) r.threads = os::physical_cores();
-  if (r.compute.empty()) r.compute = "f32";
+  if (r.where.threads <= 0) r.where.threads = os::physical_cores();
   const std::int64_t limit = r.memory.empty() ? 0 : parse_size(r.memory, "--memory");
-  s.backend = open_backend(r.backend, r.threads, limit);
-  r.backend = "cpu";
-  s.loaded = std::make_unique<LoadedModel>(open_model_source(r.model, r.seed), s.backend->info(),
-                                           load_options(r));
+  s.backend = open_backend(r.where, limit);
+  r.compute = resolve_compute(r.compute, s.backend->info());
+  LoadOptions load = load_options(r);
+  load.repeat_first_block = s.repeat_first_block;
+  s.loaded =
+      std::make_unique<LoadedModel>(open_model_source(r.model, r.seed), s.backend->info(), load);
   for (const auto& [name, type] : s.loaded->types()) s.total_parameters += type.elements();
   take_adapter_shape(r, s.loaded->config());
   r.targets = r.method == "full" ? std::vector<std::string>{} : resolve_targets(r.targets);
@@ -325,12 +320,13 @@ void reserve_and_read(FinetuneSetup& s, const LoadedModel::Progress& progress) {
 void plan_model(FinetuneSetup& s, std::int64_t sample_context) {
   Recipe& r = s.recipe;
   std::optional<LoraSpec> lora;
-  if (r.method != "full") lora = LoraSpec{r.rank, r.alpha, r.dropout, r.targets};
+  if (r.method != "full" && !s.without_adapter)
+    lora = LoraSpec{r.rank, r.alpha, r.dropout, r.targets};
   s.llama =
       std::make_unique<Llama>(s.loaded->config(), s.loaded->types(), lora, r.method == "full");
   if (r.storage != "auto") return plan_rung(s, r.storage, sample_context);
   // From the fastest rung to the leanest: the first that fits the cap, or the machine.
-  const std::int64_t machine = os::memory_bytes() / 10 * 8;
+  const std::int64_t machine = s.backend->info().memory_bytes / 10 * 8;
   for (const char* rung : {"store", "cheap", "block"}) {
     plan_rung(s, rung, sample_context);
     const std::int64_t budget = r.memory.empty() ? machine : s.fit.budget_bytes;

@@ -37,6 +37,9 @@ struct FinetuneSetup {
   std::unique_ptr<Decoder> decoder;
   FitReport fit;
   std::int64_t total_parameters = 0;
+  bool repeat_first_block = false;  // LoadOptions
+  bool without_adapter = false;     // only decodes, with the weights as they are
+  bool evaluates = true;            // plans programs that only score
 
   bool trains_weights() const { return recipe.method == "full"; }
 };
@@ -56,10 +59,6 @@ void reserve_and_read(FinetuneSetup& setup, const LoadedModel::Progress& progres
 // HF or GGUF names or a regular expression to the linears of a block; throws Error naming what
 // there is.
 std::vector<std::string> resolve_targets(const std::vector<std::string>& targets);
-
-std::unique_ptr<Backend> open_backend(const std::string& name, int threads,
-                                      std::int64_t memory_limit);
-DType compute_dtype(const std::string& name);
 
 // Fits or not, line by line.
 void print_fit(const FitReport& fit, std::ostream& out);

@@ -9,6 +9,7 @@
 #include "engine/error.h"
 #include "engine/os.h"
 #include "gguf-convert/suggest.h"
+#include "tools/backend.h"
 #include "tools/bench.h"
 #include "tools/finetune.h"
 #include "tools/inspect.h"
@@ -118,6 +119,7 @@ int main(int argc, char** argv) {
   InspectRequest inspect_request;
   TokensRequest tokens_request;
   BenchRequest bench_request;
+  DevicesRequest devices_request;
   command("finetune", "Finetune a model on rows of data", finetune_recipe, add_recipe_flags,
           [](const Recipe& r) { return finetune(r, std::cout, std::cerr); });
   command("fit", "Say what a finetune with the same flags will use", fit_recipe, add_recipe_flags,
@@ -133,6 +135,8 @@ int main(int argc, char** argv) {
           [](const InspectRequest& r) { return inspect_command(r, std::cout, std::cerr); });
   command("bench", "Measure ops, training steps or decoding", bench_request, add_bench_flags,
           [](const BenchRequest& r) { return bench_command(r, std::cout, std::cerr); });
+  command("devices", "List what --backend can name", devices_request, add_devices_flags,
+          [](const DevicesRequest& r) { return devices_command(r, std::cout); });
   try {
     app.parse(arguments(app, argc, argv));
   } catch (const Error& e) {

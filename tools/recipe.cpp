@@ -28,7 +28,9 @@ void add_recipe_flags(CLI::App& command, Recipe& r) {
       ->group(what)
       ->check(CLI::IsMember({"qlora", "lora", "full"}))
       ->capture_default_str();
-  command.add_option("--adapter", r.adapter, "start from this adapter (PEFT or GGUF); its rank, alpha and targets win")
+  command
+      .add_option("--adapter", r.adapter,
+                  "start from this adapter (PEFT or GGUF); its rank, alpha and targets win")
       ->group(what);
   command.add_option("--format", r.format, "row format; detected when left out")
       ->group(what)
@@ -59,10 +61,8 @@ void add_recipe_flags(CLI::App& command, Recipe& r) {
   const auto where = "Where it runs";
   command.add_option("--out,-o,--output-dir", r.out, "run directory; default runs/MODEL-DATA-NN")
       ->group(where);
-  command.add_option("--backend,--device", r.backend, "auto | cpu")
-      ->group(where)
-      ->capture_default_str();
-  command.add_option("--compute", r.compute, "f32 | bf16; default f32 on the CPU")
+  add_backend_flags(command, r.where, where);
+  command.add_option("--compute", r.compute, "f32 | bf16; default f32 on a CPU, bf16 on a GPU")
       ->group(where)
       ->check(CLI::IsMember({"f32", "bf16"}));
   command.add_option("--memory,--vram", r.memory, "most bytes to allocate, such as 24G")
@@ -74,7 +74,6 @@ void add_recipe_flags(CLI::App& command, Recipe& r) {
       ->group(where)
       ->check(CLI::IsMember({"auto", "store", "cheap", "block"}))
       ->capture_default_str();
-  command.add_option("--threads,-t", r.threads, "CPU threads; default: all cores")->group(where);
   auto* resume =
       command.add_flag("--resume", r.resume, "go on from the newest checkpoint of --out")
           ->group(where);
@@ -261,7 +260,8 @@ std::vector<std::string> config_flags(const std::string& path) {
   }
   if (!config.is_object()) throw Error(path + ": not a JSON object of flags");
   std::vector<std::string> flags;
-  const nlohmann::ordered_json defaults = to_json(Recipe{});
+  const Recipe unset_recipe;
+  const nlohmann::ordered_json defaults = to_json(unset_recipe);
   for (const auto& [key, value] : config.items()) {
     if (key == kDataRead) continue;
     const auto unset = defaults.find(key);  // a default such as 0 need not be a value to give

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "tools/backend.h"
+
 namespace CLI {
 class App;
 }
@@ -23,8 +25,8 @@ struct Recipe {
   std::string eval_split = "2%";
   bool truncate = false, skip_bad = false;
   // where
-  std::string out, backend = "auto", compute, memory, storage = "auto";
-  int threads = 0;
+  BackendChoice where;
+  std::string out, compute, memory, storage = "auto";
   bool resume = false, overwrite = false, dry_run = false, json = false;
   // adapter
   std::int64_t rank = 16;

@@ -45,16 +45,14 @@ void add_common_flags(CLI::App& command, SamplingRequest& r) {
       .add_option("--context,-c", r.context,
                   "tokens of prompt and answer; default: the model's, at most 2048")
       ->check(CLI::Range(2, 1 << 24));
-  command.add_option("--compute", r.compute, "f32 | bf16")
-      ->check(CLI::IsMember({"f32", "bf16"}))
-      ->capture_default_str();
+  command.add_option("--compute", r.compute, "f32 | bf16; default f32 on a CPU, bf16 on a GPU")
+      ->check(CLI::IsMember({"f32", "bf16"}));
   command
       .add_option("--method", r.method,
                   "lora: weights as they are | qlora: quantize to NF4 while loading")
       ->check(CLI::IsMember({"lora", "qlora"}))
       ->capture_default_str();
-  command.add_option("--backend,--device", r.backend, "auto | cpu")->capture_default_str();
-  command.add_option("--threads,-t", r.threads, "CPU threads; default: all cores");
+  add_backend_flags(command, r.where);
 }
 
 // Several adapters with scales as one: their ranks are concatenated, each B times its scale.
@@ -121,12 +119,11 @@ std::int64_t pad_ranks(AdapterFile& adapter) {
 class Session {
  public:
   Session(const SamplingRequest& r, std::ostream& log) {
-    const int threads = r.threads > 0 ? r.threads : os::physical_cores();
-    backend_ = open_backend(r.backend, threads, 0);
+    backend_ = open_backend(r.where, 0);
     LoadOptions options;
     options.method = r.method == "qlora" ? Method::qlora : Method::lora;
-    options.compute = compute_dtype(r.compute);
-    options.threads = threads;
+    options.compute = compute_dtype(resolve_compute(r.compute, backend_->info()));
+    options.threads = r.where.threads > 0 ? r.where.threads : os::physical_cores();
     loaded_ = std::make_unique<LoadedModel>(open_model_source(r.model), backend_->info(), options);
     tokenizer_ = std::make_unique<Tokenizer>(loaded_->checkpoint().tokenizer());
     make_model(r);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "models/generate.h"
+#include "tools/backend.h"
 
 namespace CLI {
 class App;
@@ -14,11 +15,11 @@ class App;
 namespace nibble {
 
 struct SamplingRequest {
-  std::string model, backend = "auto", compute = "f32", method = "lora";
+  BackendChoice where;
+  std::string model, compute, method = "lora";
   std::vector<std::string> adapters;  // PATH or PATH:SCALE
   std::string prompt, prompts, system;
   bool json = false, special = false;
-  int threads = 0;
   std::int64_t context = 0;
   SampleOptions sample;
 };

@@ -8,6 +8,7 @@
 #include "backends/cpu/cpu.h"
 #include "backends/cpu/kernel.h"
 #include "engine/error.h"
+#include "engine/os.h"
 #include "engine/plan.h"
 
 namespace nibble::cpu {
@@ -120,7 +121,7 @@ class CpuBackend final : public Backend {
     return {"cpu",
             std::string(cpu::name(isa_)) + ", " + std::to_string(pool_.threads()) +
                 (pool_.threads() == 1 ? " thread" : " threads"),
-            kAlignment, kHostPlaneAlignment, true};
+            kAlignment, kHostPlaneAlignment, true, os::memory_bytes()};
   }
 
   bool supports(const OpCall& call) const override {

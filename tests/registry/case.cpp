@@ -1,6 +1,7 @@
 #include "tests/registry/case.h"
 
 #include "engine/error.h"
+#include "engine/float16.h"
 #include "engine/philox.h"
 #include "engine/runtime.h"
 
@@ -157,6 +158,18 @@ Inputs make_inputs(const Case& c) {
     inputs.rounded.push_back(decode(type, inputs.bytes.back().data()));
   }
   return inputs;
+}
+
+std::vector<std::vector<double>> rounded_weights(const Case& c, const Inputs& inputs) {
+  std::vector<std::vector<double>> values = inputs.rounded;
+  // Norms take their factors in F32, and so do products of statistics.
+  const bool is_product = c.op != OpId::rms_norm && c.op != OpId::rms_norm_dx &&
+                          !(c.op == OpId::linear_dx && c.input_type(0).dtype != DType::BF16);
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    if (!is_product || c.sample.inputs[i].role != Role::weight) continue;
+    for (double& v : values[i]) v = to_float(to_bf16(static_cast<float>(v)));
+  }
+  return values;
 }
 
 std::vector<std::vector<double>> reference_outputs(const Graph& graph, std::int32_t id,

@@ -49,6 +49,9 @@ struct Inputs {
 };
 Inputs make_inputs(const Case& c);
 
+// Values of the inputs as a backend reads them that takes the weights of products in BF16.
+std::vector<std::vector<double>> rounded_weights(const Case& c, const Inputs& inputs);
+
 // Standard normal values: the stream is the hash of `name`.
 std::vector<double> normal_values(std::string_view name, std::int64_t count);
 

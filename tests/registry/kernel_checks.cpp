@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "engine/error.h"
 #include "engine/plan.h"
 #include "engine/runtime.h"
@@ -29,30 +31,34 @@ void keep_outputs(Graph& graph, std::int32_t node) {
   for (int o = 0; o < graph.node(node).n_outputs; ++o) graph.keep(graph.tensor({node, o}));
 }
 
-// Runs the case twice on guarded memory. Appends to `problems`.
-Result run_twice(const OpGraph& built, Backend& backend, const std::vector<Bytes>& inputs,
+// Runs the case several times on guarded memory. Appends to `problems`.
+Result run_again(const OpGraph& built, const Target& target, const std::vector<Bytes>& inputs,
                  Problems& problems) {
+  Backend& backend = *target.backend;
   const Plan plan = make_plan(*built.graph, backend);
   GuardedRun run(backend, plan, inputs);
   run.run();
   const Result first = collect(run, *built.graph, built.output.node);
   if (const std::string damage = run.damage(); !damage.empty()) problems.push_back(damage);
-  run.reset();
-  run.run();
-  if (collect(run, *built.graph, built.output.node) != first) {
-    problems.push_back("the same run again gives other bytes");
+  for (int i = 1; i < target.runs; ++i) {
+    run.reset();
+    run.run();
+    if (collect(run, *built.graph, built.output.node) != first) {
+      problems.push_back("run " + std::to_string(i + 1) + " of the same program gives other bytes");
+    }
   }
   return first;
 }
 
 void check_reference(const Case& c, const OpGraph& built, const Result& result,
-                     const std::vector<std::vector<double>>& wanted, WorstRatios& worst,
-                     Problems& problems, double slack = 1) {
+                     const std::vector<std::vector<double>>& wanted, bool rounds_operands,
+                     WorstRatios& worst, Problems& problems, double slack = 1) {
   const Node& node = built.graph->node(built.output.node);
   for (std::size_t o = 0; o < wanted.size(); ++o) {
     const TensorType& type = node.outputs[o];
     const std::vector<double> got = decode(type, result.outputs[o].data());
-    const std::string problem = compare(c, type.dtype, got, wanted[o], worst, slack);
+    const std::string problem =
+        compare(c, type.dtype, got, wanted[o], rounds_operands, worst, slack);
     if (!problem.empty()) problems.push_back("output " + std::to_string(o) + " " + problem);
   }
 }
@@ -111,16 +117,20 @@ void check_case(const Case& c, const std::vector<Family>& families, WorstRatios&
   const OpGraph built = build(c);
   keep_outputs(*built.graph, built.output.node);
   const Inputs inputs = make_inputs(c);
-  const auto wanted = reference_outputs(*built.graph, built.output.node, inputs.rounded);
+  const auto exact = reference_outputs(*built.graph, built.output.node, inputs.rounded);
   for (const Family& family : families) {
     Result first;
+    const bool rounds = c.compute == DType::BF16 && family.front().backend->info().rounds_operands;
+    const auto& wanted =
+        rounds ? reference_outputs(*built.graph, built.output.node, rounded_weights(c, inputs))
+               : exact;
     for (const Target& target : family) {
       Problems problems;
       if (!has_kernel(c, built, target, all)) continue;
-      const Result result = run_twice(built, *target.backend, inputs.bytes, problems);
+      const Result result = run_again(built, target, inputs.bytes, problems);
       if (first.outputs.empty()) {
         first = result;
-        check_reference(c, built, result, wanted, worst, problems);
+        check_reference(c, built, result, wanted, rounds, worst, problems);
         check_in_place(built, *target.backend, inputs.bytes, result, problems);
         check_clone(c, *target.backend, inputs.bytes, result, problems);
       } else if (result != first) {
@@ -133,9 +143,11 @@ void check_case(const Case& c, const std::vector<Family>& families, WorstRatios&
 
 }  // namespace
 
-Problems check_kernels(OpId op, const std::vector<Family>& families, WorstRatios& worst) {
+Problems check_kernels(OpId op, const std::vector<Family>& families, WorstRatios& worst,
+                       std::span<const DType> computes) {
   Problems problems;
   for (const Case& c : cases_of(op)) {
+    if (std::find(computes.begin(), computes.end(), c.compute) == computes.end()) continue;
     try {
       check_case(c, families, worst, problems);
     } catch (const Error& e) {
@@ -149,19 +161,20 @@ Problems compare_backends(OpId op, const Target& candidate, const Target& oracle
                           WorstRatios& worst) {
   Problems all;
   for (const Case& c : cases_of(op)) {
+    if (c.compute != DType::F32) continue;
     const OpGraph built = build(c);
     keep_outputs(*built.graph, built.output.node);
     if (!has_kernel(c, built, candidate, all) || !has_kernel(c, built, oracle, all)) continue;
     const Inputs inputs = make_inputs(c);
     Problems problems;
-    const Result result = run_twice(built, *candidate.backend, inputs.bytes, problems);
-    const Result oracle_result = run_twice(built, *oracle.backend, inputs.bytes, problems);
+    const Result result = run_again(built, candidate, inputs.bytes, problems);
+    const Result oracle_result = run_again(built, oracle, inputs.bytes, problems);
     const Node& node = built.graph->node(built.output.node);
     std::vector<std::vector<double>> wanted;
     for (std::size_t o = 0; o < node.n_outputs; ++o) {
       wanted.push_back(decode(node.outputs[o], oracle_result.outputs[o].data()));
     }
-    check_reference(c, built, result, wanted, worst, problems, 2);
+    check_reference(c, built, result, wanted, false, worst, problems, 2);
     prefix(problems, c.str() + ", " + candidate.name + " against " + oracle.name, all);
   }
   return all;

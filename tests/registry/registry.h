@@ -21,6 +21,9 @@ using Problems = std::vector<std::string>;
 struct Target {
   std::string name;
   std::unique_ptr<Backend> backend;
+  // Runs of each program, all of the same bytes. A CUDA backend runs a program kernel by kernel,
+  // then records it, then replays the record: three show each.
+  int runs = 2;
 };
 using Family = std::vector<Target>;
 
@@ -28,13 +31,15 @@ using Family = std::vector<Target>;
 // number of inputs, are refused by a ShapeError that starts with the op's name.
 Problems check_shape_rule(OpId op);
 
-// For every case of the op, on every backend: a kernel exists and agrees with the reference, writes
-// nothing but its outputs, reads nothing but its inputs, gives the same bytes when run again, at
-// every member of the family, as a recomputing clone and when output 0 takes over the memory of an
-// input that it may overwrite.
-Problems check_kernels(OpId op, const std::vector<Family>& families, WorstRatios& worst);
+// For every case of the op in one of `computes`, on every backend: a kernel exists and agrees with
+// the reference, writes nothing but its outputs, reads nothing but its inputs, gives the same bytes
+// when run again, at every member of the family, as a recomputing clone and when output 0 takes
+// over the memory of an input that it may overwrite.
+Problems check_kernels(OpId op, const std::vector<Family>& families, WorstRatios& worst,
+                       std::span<const DType> computes = kComputes);
 
-// One device against another, within twice the tolerance, on the same inputs.
+// One device against another, within twice the tolerance, on the same inputs, in F32: where one
+// side rounds operands and the other does not, only the reference can judge.
 Problems compare_backends(OpId op, const Target& candidate, const Target& oracle,
                           WorstRatios& worst);
 

@@ -9,6 +9,10 @@
 // longest sum, and rounding errors of independent sign grow with its square root. `magnitude` is
 // the largest reference value of the output, and at least 1: sample inputs are of order one, so
 // terms are too, also where they cancel.
+//
+// On tensor cores in BF16 a third part pays for what an op must round between two of its products
+// (attention's probabilities, the logits' gradient, an adapter's part where the library computes
+// it): operand_roundings(op) roundings of relative size 2^-9 to values of that magnitude.
 #pragma once
 
 #include <array>
@@ -30,6 +34,7 @@ inline constexpr double kGradientTolerance = 1e-6;
 
 double ulp(DType dtype, double value);
 double tolerance(DType compute, DType out, std::int64_t reduction, double magnitude, double value);
+double operand_roundings(OpId op);
 
 // The largest error seen, as a share of the tolerance: by compute dtype.
 using WorstRatios = std::map<DType, double>;
@@ -37,6 +42,7 @@ using WorstRatios = std::map<DType, double>;
 // Empty, or which element is past its tolerance. Raises `worst` to the largest ratio. `slack`
 // multiplies the tolerance: 2 when neither side is the reference.
 std::string compare(const Case& c, DType out, std::span<const double> got,
-                    std::span<const double> wanted, WorstRatios& worst, double slack = 1);
+                    std::span<const double> wanted, bool rounds_operands, WorstRatios& worst,
+                    double slack = 1);
 
 }  // namespace nibble::registry

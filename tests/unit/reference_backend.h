@@ -25,7 +25,8 @@ class ReferenceBackend final : public Backend {
             .description = "F64 on the host",
             .alignment = 64,
             .plane_alignment = 32,
-            .reads_host_memory = true};
+            .reads_host_memory = true,
+            .memory_bytes = 0};
   }
   bool supports(const OpCall& call) const override { return call.node->op != missing; }
   std::int64_t scratch_bytes(const OpCall& call) const override {

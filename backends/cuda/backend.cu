@@ -1,0 +1,284 @@
+// Opening a device, handing out its memory, and the C symbols of libnibble-cuda.
+#include <dlfcn.h>
+
+#include <mutex>
+#include <optional>
+
+#include "backends/cuda/blas.h"
+#include "backends/cuda/cuda_backend.h"
+#include "backends/cuda/executable.h"
+#include "backends/cuda/kernel.h"
+#include "backends/cuda/memory.h"
+#include "engine/error.h"
+
+namespace nibble::cuda {
+namespace {
+
+constexpr std::int64_t kAlignment = 256;
+constexpr int kOldest = 80;
+
+std::string version_text(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+// The number of devices; throws what a user can act on.
+int device_count() {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  int driver = 0, runtime = 0;
+  cudaDriverGetVersion(&driver);
+  cudaRuntimeGetVersion(&runtime);
+  if (status == cudaErrorInsufficientDriver && driver > 0) {
+    throw DeviceError("the NVIDIA driver supports CUDA " + version_text(driver) +
+                          ", this build needs " + version_text(runtime) +
+                          "; update the driver, or use --backend cpu",
+                      static_cast<int>(status));
+  }
+  if (status == cudaErrorInsufficientDriver) {
+    throw DeviceError("no NVIDIA driver is installed; use --backend cpu", static_cast<int>(status));
+  }
+  if (status == cudaErrorNoDevice || (status == cudaSuccess && count == 0)) {
+    throw DeviceError(
+        "the driver shows no NVIDIA device (CUDA_VISIBLE_DEVICES may hide it); use --backend cpu",
+        static_cast<int>(cudaErrorNoDevice));
+  }
+  check(status, "looking for devices");
+  return count;
+}
+
+DeviceDescription describe_device(int number) {
+  cudaDeviceProp properties{};
+  check(cudaGetDeviceProperties(&properties, number), "reading the device's properties");
+  DeviceDescription d;
+  d.number = number;
+  d.name = properties.name;
+  d.capability = 10 * properties.major + properties.minor;
+  d.multiprocessors = properties.multiProcessorCount;
+  d.memory_bytes = static_cast<std::int64_t>(properties.totalGlobalMem);
+  return d;
+}
+
+class CudaBackend final : public Backend {
+ public:
+  explicit CudaBackend(const CudaOptions& options)
+      : device_(options.device), limit_(options.memory_limit) {
+    const int count = device_count();
+    if (device_ < 0 || device_ >= count) {
+      throw DeviceError(
+          "there is no CUDA device " + std::to_string(device_) + "; there " +
+              (count == 1 ? "is 1, number 0" : "are " + std::to_string(count) + ", from 0"),
+          static_cast<int>(cudaErrorInvalidDevice));
+    }
+    description_ = describe_device(device_);
+    if (description_.capability < kOldest) {
+      throw Unsupported(description_.name + " has compute capability " +
+                        std::to_string(description_.capability / 10) + "." +
+                        std::to_string(description_.capability % 10) +
+                        ", 8.0 or newer is supported; use --backend cpu");
+    }
+    check(cudaSetDevice(device_), description_.name.c_str());
+    std::size_t free = 0, total = 0;
+    check(cudaMemGetInfo(&free, &total),
+          (description_.name + " cannot be used; another program may hold all of its memory")
+              .c_str());
+    free_bytes_ = static_cast<std::int64_t>(free);
+    card_.capability = description_.capability;
+    card_.multiprocessors = description_.multiprocessors;
+    card_.hopper = description_.capability == 90 && options.hopper_kernels;
+    int shared = 0;
+    check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_),
+          "reading the device's properties");
+    card_.shared_bytes = shared;
+    check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
+    staging_.emplace(stream_);
+    blas_.emplace();
+  }
+
+  ~CudaBackend() override {
+    cudaStreamSynchronize(stream_);
+    staging_.reset();
+    cudaStreamDestroy(stream_);
+  }
+
+  BackendInfo info() const override {
+    return {.name = "cuda:" + std::to_string(device_),
+            .description = description_.name + (card_.hopper ? "" : ", sm_80 kernels"),
+            .alignment = kAlignment,
+            .plane_alignment = kHostPlaneAlignment,
+            .reads_host_memory = false,
+            .memory_bytes = free_bytes_,
+            .rounds_operands = true};
+  }
+
+  bool supports(const OpCall& call) const override {
+    return find_kernel(call.node->op).supports(call);
+  }
+  std::int64_t scratch_bytes(const OpCall& call) const override {
+    const Kernel& kernel = find_kernel(call.node->op);
+    return kernel.scratch_bytes == nullptr ? 0 : kernel.scratch_bytes(call, card_);
+  }
+  bool fuses(const Graph& graph, std::span<const std::int32_t> group,
+             std::int32_t next) const override {
+    return fuses_group(graph, group, next);
+  }
+
+  std::unique_ptr<Buffer> allocate(std::int64_t bytes, std::string_view purpose) override {
+    refuse_if_poisoned();
+    if (limit_ > 0 && allocated_ + bytes > limit_) {
+      throw OutOfMemory(std::string(purpose) + ": " + std::to_string(bytes) +
+                            " bytes do not fit; " + std::to_string(allocated_) + " of " +
+                            std::to_string(limit_) + " are in use",
+                        allocated_ + bytes, limit_);
+    }
+    try {
+      return std::make_unique<DeviceBuffer>(bytes, allocated_);
+    } catch (const DeviceError& e) {
+      if (e.code != static_cast<int>(cudaErrorMemoryAllocation)) throw;
+      cudaGetLastError();
+      std::size_t free = 0, total = 0;
+      cudaMemGetInfo(&free, &total);
+      throw OutOfMemory(std::string(purpose) + ": " + std::to_string(bytes) + " bytes of " +
+                            description_.name + " are not to be had, " + std::to_string(free) +
+                            " are free; another program may hold the rest",
+                        allocated_ + bytes, static_cast<std::int64_t>(free) + allocated_);
+    }
+  }
+  std::int64_t allocated_bytes() const override { return allocated_; }
+
+  void upload(std::byte* to, std::span<const std::byte> from) override {
+    guarded([&] { staging_->upload(to, from); });
+  }
+  void download(std::span<std::byte> to, const std::byte* from) override {
+    guarded([&] { staging_->download(to, from); });
+  }
+  void clear(std::byte* to, std::int64_t bytes) override {
+    if (bytes == 0) return;
+    guarded([&] {
+      check(cudaMemsetAsync(to, 0, static_cast<std::size_t>(bytes), stream_), "clearing memory");
+    });
+  }
+
+  std::unique_ptr<Executable> compile(const Plan& plan, const Bindings& bindings) override;
+
+  // Runs `work`, after which a device error poisons the backend: what the device holds is lost.
+  template <class Work>
+  void guarded(Work&& work) {
+    refuse_if_poisoned();
+    try {
+      check(cudaSetDevice(device_), "cudaSetDevice");  // per thread; loading uses several
+      work();
+    } catch (const DeviceError& e) {
+      poison_ = e.what();
+      throw DeviceError(poison_ +
+                            "; what the device held is lost, the last checkpoint is intact: "
+                            "start again with --resume",
+                        e.code);
+    }
+  }
+
+ private:
+  void refuse_if_poisoned() const {
+    if (poison_.empty()) return;
+    throw DeviceError("the CUDA backend stopped after an error (" + poison_ + "); start again", 0);
+  }
+
+  int device_;
+  std::int64_t limit_;
+  DeviceDescription description_;
+  std::int64_t free_bytes_ = 0;
+  Card card_;
+  cudaStream_t stream_ = nullptr;
+  std::optional<Staging> staging_;
+  std::optional<Blas> blas_;
+  std::int64_t allocated_ = 0;
+  std::string poison_;
+};
+
+// An executable whose device errors poison its backend.
+class GuardedExecutable final : public Executable {
+ public:
+  GuardedExecutable(CudaBackend& backend, const Plan& plan, const Bindings& bindings,
+                    const Launch& launch)
+      : backend_(backend), executable_(plan, bindings, launch) {}
+  void run() override {
+    backend_.guarded([&] { executable_.run(); });
+  }
+  void run_checked(const Hook& hook) override {
+    backend_.guarded([&] { executable_.run_checked(hook); });
+  }
+
+ private:
+  CudaBackend& backend_;
+  CudaExecutable executable_;
+};
+
+std::unique_ptr<Executable> CudaBackend::compile(const Plan& plan, const Bindings& bindings) {
+  return std::make_unique<GuardedExecutable>(*this, plan, bindings,
+                                             Launch{stream_, &card_, &*blas_});
+}
+
+// NVML by hand: the library comes with the driver, its header may not be there.
+double total_joules(int device) {
+  using Init = int (*)();
+  using Handle = int (*)(const char*, void**);
+  using Energy = int (*)(void*, unsigned long long*);
+  static void* library = dlopen("libnvidia-ml.so.1", RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) return -1;
+  const auto init = reinterpret_cast<Init>(dlsym(library, "nvmlInit_v2"));
+  const auto handle = reinterpret_cast<Handle>(dlsym(library, "nvmlDeviceGetHandleByPciBusId_v2"));
+  const auto energy =
+      reinterpret_cast<Energy>(dlsym(library, "nvmlDeviceGetTotalEnergyConsumption"));
+  if (init == nullptr || handle == nullptr || energy == nullptr || init() != 0) return -1;
+  char bus[32];
+  void* nvml_device = nullptr;
+  unsigned long long millijoules = 0;
+  if (cudaDeviceGetPCIBusId(bus, sizeof bus, device) != cudaSuccess) return -1;
+  if (handle(bus, &nvml_device) != 0 || energy(nvml_device, &millijoules) != 0) return -1;
+  return 1e-3 * static_cast<double>(millijoules);
+}
+
+}  // namespace
+
+std::unique_ptr<Backend> make_cuda_backend(const CudaOptions& options) {
+  return std::make_unique<CudaBackend>(options);
+}
+
+std::vector<DeviceDescription> cuda_devices() {
+  std::vector<DeviceDescription> devices;
+  const int count = device_count();
+  for (int i = 0; i < count; ++i) {
+    DeviceDescription d = describe_device(i);
+    std::size_t free = 0, total = 0;
+    if (cudaSetDevice(i) == cudaSuccess && cudaMemGetInfo(&free, &total) == cudaSuccess) {
+      d.free_bytes = static_cast<std::int64_t>(free);
+    }
+    devices.push_back(d);
+  }
+  return devices;
+}
+
+Counters cuda_counters(int device) {
+  Counters counters;
+  std::size_t free = 0, total = 0;
+  check(cudaMemGetInfo(&free, &total), "reading free memory");
+  counters.device_used_bytes = static_cast<std::int64_t>(total - free);
+  counters.joules = total_joules(device);
+  return counters;
+}
+
+}  // namespace nibble::cuda
+
+extern "C" {
+__attribute__((visibility("default"))) nibble::Backend* nibble_cuda_make_backend(
+    const nibble::cuda::CudaOptions* options) {
+  return nibble::cuda::make_cuda_backend(*options).release();
+}
+__attribute__((visibility("default"))) void nibble_cuda_list_devices(
+    std::vector<nibble::cuda::DeviceDescription>* out) {
+  *out = nibble::cuda::cuda_devices();
+}
+__attribute__((visibility("default"))) void nibble_cuda_read_counters(int device,
+                                                                      nibble::cuda::Counters* out) {
+  *out = nibble::cuda::cuda_counters(device);
+}
+}

@@ -1,0 +1,193 @@
+#include "backends/cuda/executable.h"
+
+#include "backends/cuda/fused.h"
+#include "backends/cuda/linear.h"
+#include "engine/error.h"
+
+namespace nibble::cuda {
+
+#define NIBBLE_OP(name) extern const Kernel name##_kernel;
+#include "engine/ops.def"
+#undef NIBBLE_OP
+
+const Kernel& find_kernel(OpId op) {
+  switch (op) {
+#define NIBBLE_OP(name) \
+  case OpId::name:      \
+    return name##_kernel;
+#include "engine/ops.def"
+#undef NIBBLE_OP
+    case OpId::count:
+      break;
+  }
+  throw Error("no such op");
+}
+
+namespace {
+
+// The kernel that does the work of two consecutive calls; null: there is none.
+struct FusedKernel {
+  bool (*supports)(const OpCall& first, const OpCall& second);
+  void (*run)(const OpCall& first, const OpCall& second, const Launch& launch);
+};
+
+bool reads(const Node& node, int i, Ref ref) {
+  return node.inputs[static_cast<std::size_t>(i)] == ref;
+}
+
+FusedKernel fused_kernel(const Node& first, std::int32_t first_id, const Node& second) {
+  const Ref value{first_id, 0};
+  if (first.op == OpId::add && second.op == OpId::rms_norm && reads(second, 0, value) &&
+      !reads(second, 1, value)) {
+    return {add_rms_norm_supports, add_rms_norm};
+  }
+  if (first.op == OpId::rms_norm_dx && second.op == OpId::add &&
+      reads(second, 0, value) != reads(second, 1, value)) {
+    return {rms_norm_dx_add_supports, rms_norm_dx_add};
+  }
+  if (first.op == OpId::rope && second.op == OpId::rope && !reads(second, 0, value)) {
+    return {rope_pair_supports, rope_pair};
+  }
+  return {};
+}
+
+bool is_matvec(const Graph& graph, std::int32_t id) {
+  const Node& n = graph.node(id);
+  return n.op == OpId::linear && linear_is_matvec(describe(graph, id));
+}
+
+// rms_norm_dx_add keeps the sum alone, so nothing else may read what the first op made.
+bool fuses_pair(const Graph& graph, std::int32_t first, std::int32_t second) {
+  const Node &a = graph.node(first), &b = graph.node(second);
+  const FusedKernel kernel = fused_kernel(a, first, b);
+  if (kernel.supports == nullptr ||
+      !kernel.supports(describe(graph, first), describe(graph, second))) {
+    return false;
+  }
+  if (a.op != OpId::rms_norm_dx) return true;
+  for (std::int32_t id = second + 1; id < graph.size(); ++id) {
+    const Node& n = graph.node(id);
+    for (int i = 0; i < n.n_inputs; ++i) {
+      if (reads(n, i, {first, 0})) return false;
+    }
+  }
+  for (const Ref ref : graph.kept()) {
+    if (ref.node == first) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+bool fuses_group(const Graph& graph, std::span<const std::int32_t> group, std::int32_t next) {
+  const std::int32_t first = group.front();
+  if (is_matvec(graph, first)) {
+    return group.size() < kMatVecGroup && is_matvec(graph, next) &&
+           graph.node(next).inputs[0] == graph.node(first).inputs[0];
+  }
+  return group.size() == 1 && fuses_pair(graph, first, next);
+}
+
+CudaExecutable::CudaExecutable(const Plan& plan, const Bindings& bindings, const Launch& launch)
+    : launch_(launch) {
+  const Graph& graph = *plan.graph;
+  const auto address = [&](Ref ref) -> std::byte* {
+    const Location& at = plan.at(ref);
+    if (at.kind == Location::Kind::arena) return bindings.arena + at.offset;
+    return bindings.leaves[static_cast<std::size_t>(at.leaf)];
+  };
+  for (std::size_t i = 0; i < plan.steps.size(); ++i) {
+    const std::int32_t id = plan.steps[i];
+    Step step{id, describe(graph, id), plan.fused[i]};
+    for (int k = 0; k < step.call.n_inputs; ++k) {
+      step.call.in[static_cast<std::size_t>(k)] =
+          address(step.call.node->inputs[static_cast<std::size_t>(k)]);
+    }
+    for (int k = 0; k < step.call.n_outputs; ++k) {
+      step.call.out[static_cast<std::size_t>(k)] = address({id, k});
+    }
+    const std::int64_t scratch = plan.scratch[static_cast<std::size_t>(id)];
+    if (scratch >= 0) step.call.scratch = bindings.arena + scratch;
+    steps_.push_back(step);
+  }
+}
+
+CudaExecutable::~CudaExecutable() {
+  if (graph_ != nullptr) cudaGraphExecDestroy(graph_);
+}
+
+std::size_t CudaExecutable::group_end(std::size_t first) const {
+  std::size_t end = first + 1;
+  while (end < steps_.size() && steps_[end].fused) ++end;
+  return end;
+}
+
+// Steps [first, end), which are one kernel.
+void CudaExecutable::enqueue(std::size_t first, std::size_t end) const {
+  const Step& step = steps_[first];
+  if (end - first == 1) return find_kernel(step.call.node->op).run(step.call, launch_);
+  if (step.call.node->op == OpId::linear) {
+    std::array<MatVec, kMatVecGroup> calls;
+    for (std::size_t i = first; i < end; ++i) calls[i - first] = linear_matvec(steps_[i].call);
+    return matvec_group(calls.data(), static_cast<int>(end - first), launch_);
+  }
+  const Step& second = steps_[first + 1];
+  fused_kernel(*step.call.node, step.node, *second.call.node).run(step.call, second.call, launch_);
+}
+
+void CudaExecutable::enqueue_all() const {
+  for (std::size_t i = 0; i < steps_.size(); i = group_end(i)) enqueue(i, group_end(i));
+}
+
+void CudaExecutable::capture() {
+  check(cudaStreamBeginCapture(launch_.stream, cudaStreamCaptureModeThreadLocal), "graph capture");
+  cudaGraph_t captured = nullptr;
+  try {
+    enqueue_all();
+  } catch (...) {
+    cudaStreamEndCapture(launch_.stream, &captured);
+    if (captured != nullptr) cudaGraphDestroy(captured);
+    throw;
+  }
+  check(cudaStreamEndCapture(launch_.stream, &captured), "graph capture");
+  const cudaError_t status = cudaGraphInstantiate(&graph_, captured, 0);
+  cudaGraphDestroy(captured);
+  check(status, "graph instantiation");
+  check(cudaGraphUpload(graph_, launch_.stream), "graph upload");
+}
+
+void CudaExecutable::run() {
+  if (graph_ != nullptr) {
+    check(cudaGraphLaunch(graph_, launch_.stream), "graph launch");
+    return;
+  }
+  enqueue_all();
+  if (!ran_) {
+    ran_ = true;
+    return;
+  }
+  capture();
+}
+
+void CudaExecutable::run_checked(const Hook& hook) {
+  cudaEvent_t begin = nullptr, end = nullptr;
+  check(cudaEventCreate(&begin), "cudaEventCreate");
+  check(cudaEventCreate(&end), "cudaEventCreate");
+  for (std::size_t first = 0; first < steps_.size(); first = group_end(first)) {
+    const std::size_t end_step = group_end(first);
+    float ms = 0;
+    check(cudaEventRecord(begin, launch_.stream), "event");
+    enqueue(first, end_step);
+    check(cudaEventRecord(end, launch_.stream), "event");
+    check(cudaEventSynchronize(end), op_def(steps_[first].call.node->op).name.data());
+    check(cudaEventElapsedTime(&ms, begin, end), "event");
+    for (std::size_t i = first; i < end_step; ++i) {
+      const bool last = i + 1 == end_step;
+      hook(steps_[i].node, steps_[i].call, last ? 1e-3 * static_cast<double>(ms) : 0);
+    }
+  }
+  cudaEventDestroy(begin);
+  cudaEventDestroy(end);
+}
+
+}  // namespace nibble::cuda

@@ -1,0 +1,49 @@
+// A plan as a CUDA graph.
+//
+// The first run enqueues kernel by kernel, so that modules are loaded and the library has chosen
+// its kernels; then the same calls are captured and instantiated, and every later run is one
+// launch. Addresses, shapes and launch parameters are those of the plan; what changes from run to
+// run is data in device memory.
+#pragma once
+
+#include "backends/cuda/kernel.h"
+#include "engine/plan.h"
+
+namespace nibble::cuda {
+
+const Kernel& find_kernel(OpId op);
+
+// Whether consecutive nodes and the one after them exist as one kernel: pairs of fused.h, and up to
+// kMatVecGroup products that read the same few rows.
+bool fuses_group(const Graph& graph, std::span<const std::int32_t> group, std::int32_t next);
+
+class CudaExecutable final : public Executable {
+ public:
+  // `launch` is copied; what it points to must outlive the executable.
+  CudaExecutable(const Plan& plan, const Bindings& bindings, const Launch& launch);
+  CudaExecutable(const CudaExecutable&) = delete;
+  CudaExecutable& operator=(const CudaExecutable&) = delete;
+  ~CudaExecutable() override;
+
+  void run() override;
+  // Node by node, each timed by events. A fused group's time is reported under its last node, the
+  // others with 0 seconds.
+  void run_checked(const Hook& hook) override;
+
+ private:
+  struct Step {
+    std::int32_t node;
+    OpCall call;
+    bool fused;  // runs in one kernel with the step before it
+  };
+  std::size_t group_end(std::size_t first) const;
+  void enqueue(std::size_t first, std::size_t end) const;
+  void enqueue_all() const;
+  void capture();
+  std::vector<Step> steps_;
+  Launch launch_;
+  cudaGraphExec_t graph_ = nullptr;
+  bool ran_ = false;
+};
+
+}  // namespace nibble::cuda

@@ -1,0 +1,307 @@
+// The Hopper (sm_90a) instructions that the attention kernels are built from, one thin function
+// each: mbarriers, tensor copies (TMA), named barriers, warpgroup matrix products (wgmma).
+//
+// Tiles in shared memory are made of boxes: up to 256 rows of 64 BF16 numbers (128 bytes), written
+// by one tensor copy with the 128-byte swizzle: 16-byte piece c of row r lies at piece c ^ (r % 8).
+// Boxes start at multiples of 1024 bytes. A matrix operand in such boxes is either
+//   rows x depth, depth contiguous ("along"): 16 deep is 32 bytes further inside a row, or
+//   depth x rows, rows contiguous ("across"): 16 deep is 16 rows, 2048 bytes, further down.
+// Accumulators of a warpgroup (64 rows, n columns): thread t of the 128 holds, in register
+// 4 g + 2 h + e, row 16 (t / 32) + (t % 32) / 4 + 8 h and column 8 g + 2 (t % 4) + e.
+//
+// A product runs asynchronously: between its start and the wait for its group, its registers must
+// not be touched; hold() keeps the compiler from moving uses of them over the wait.
+//
+// Source: PTX ISA, sections mbarrier, cp.async.bulk.tensor, wgmma (matrix descriptor format).
+#pragma once
+
+#include <cuda.h>
+
+#include "backends/cuda/common.cuh"
+
+namespace nibble::cuda::hopper {
+
+inline constexpr int kBoxColumns = 64;
+inline constexpr int kBoxRowBytes = 128;
+inline constexpr int kWarpgroup = 128;
+// What a block of a Hopper card may use.
+inline constexpr int kSharedBytes = 227 * 1024;
+
+// -- Host ----------------------------------------------------------------------------------------
+
+// The tensor map of a row-major BF16 matrix [rows, columns], read or written in boxes of box_rows
+// x 64. What a box has beyond the matrix reads as zero and is not written.
+inline CUtensorMap tensor_map(const void* address, std::int64_t rows, std::int64_t columns,
+                              int box_rows) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const auto encode = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
+                                           cudaEnableDefault, &found),
+          "cuTensorMapEncodeTiled");
+    if (found != cudaDriverEntryPointSuccess) {
+      check(cudaErrorNotSupported, "cuTensorMapEncodeTiled");
+    }
+    return reinterpret_cast<Encode>(entry);
+  }();
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t pitch[] = {static_cast<cuuint64_t>(columns) * sizeof(bf16)};
+  const cuuint32_t box[] = {kBoxColumns, static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[] = {1, 1};
+  CUtensorMap map;
+  const CUresult result =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(address), sizes, pitch,
+             box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) check(cudaErrorInvalidValue, "cuTensorMapEncodeTiled");
+  return map;
+}
+
+// -- Addresses and barriers ----------------------------------------------------------------------
+
+__device__ inline std::uint32_t shared_address(const void* p) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Counts arrivals and bytes of tensor copies; flips its phase when both are complete.
+struct Barrier {
+  std::uint64_t state;
+
+  __device__ void init(int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)),
+                 "r"(arrivals));
+  }
+  __device__ void arrive() {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
+  }
+  // Arrives, and lets the phase wait for so many bytes more.
+  __device__ void arrive_expecting(int bytes) {
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)),
+        "r"(bytes)
+        : "memory");
+  }
+  // Until the phase of this parity has completed; a fresh barrier counts as having completed 1.
+  __device__ void wait(int parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "WAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra WAIT;\n}" ::"r"(shared_address(this)),
+        "r"(parity)
+        : "memory");
+  }
+};
+// Makes initialized barriers visible to tensor copies.
+__device__ inline void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// Orders ordinary accesses of shared and global memory before those of copies and products.
+__device__ inline void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// Named barriers 1 to 15; `threads` counts those that arrive and those that wait.
+__device__ inline void named_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ inline void named_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Registers a thread, moved from a loading warpgroup to computing ones. A block starts with an even
+// share of the multiprocessor's for every thread, and growing waits until there are enough: a block
+// that asks for more than it started with never goes on.
+constexpr bool registers_fit(int consumers, int producer_count, int consumer_count) {
+  const int start = 65536 / ((consumers + 1) * kWarpgroup) / 8 * 8;
+  return producer_count + consumers * consumer_count <= (consumers + 1) * start;
+}
+template <int kCount>
+__device__ inline void registers_shrink() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount>
+__device__ inline void registers_grow() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+// -- Copies --------------------------------------------------------------------------------------
+
+// One box with its first number at (row, column) of the matrix; reports its bytes to `full`.
+__device__ inline void load_box(void* to, const CUtensorMap& map, int column, int row,
+                                Barrier& full) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
+      "l"(&map), "r"(column), "r"(row), "r"(shared_address(&full))
+      : "memory");
+}
+__device__ inline void store_box(const CUtensorMap& map, int column, int row, const void* from) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map),
+      "r"(column), "r"(row), "r"(shared_address(from))
+      : "memory");
+}
+// Contiguous bytes, a multiple of 16.
+__device__ inline void load_bytes(void* to, const void* from, int bytes, Barrier& full) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(&full))
+      : "memory");
+}
+__device__ inline void store_bytes(void* to, const void* from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
+               "r"(shared_address(from)), "r"(bytes)
+               : "memory");
+}
+// to[i] += from[i], F32.
+__device__ inline void add_bytes(void* to, const void* from, int bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+      "r"(shared_address(from)), "r"(bytes)
+      : "memory");
+}
+__device__ inline void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until the shared memory of this thread's stores may be written again ...
+__device__ inline void wait_stores_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+// ... and until they are visible.
+__device__ inline void wait_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// Accumulator columns [16 g, 16 g + 16) of a warp's 16 rows as BF16 into a box: `words` holds
+// registers 8 g to 8 g + 7 rounded in pairs; `box` is the box's start, `row` the warp's first.
+__device__ inline void store_fragment(void* box, int row, int column,
+                                      const std::uint32_t (&words)[4]) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int r = row + lane % 16, piece = column / 8 + lane / 16;
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   shared_address(box) +
+                   static_cast<std::uint32_t>(r * kBoxRowBytes + ((piece ^ (r % 8)) * 16))),
+               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+// Two numbers as BF16, the first in the lower half.
+__device__ inline std::uint32_t pack_pair(float low, float high) {
+  std::uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+__device__ inline float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// -- Products ------------------------------------------------------------------------------------
+
+// The descriptor of an operand in boxes at `p`. box_bytes: from one box to the next 64 rows of an
+// operand stored across; unused otherwise. Adding bytes / 16 moves it.
+__device__ inline std::uint64_t operand(const void* p, int box_bytes = 16) {
+  return static_cast<std::uint64_t>((shared_address(p) & 0x3FFFF) >> 4) |
+         static_cast<std::uint64_t>(box_bytes >> 4) << 16 |
+         static_cast<std::uint64_t>(8 * kBoxRowBytes >> 4) << 32 | std::uint64_t{1} << 62;
+}
+
+enum Stored : int { along = 0, across = 1 };
+
+__device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void products_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Until at most kPending of the latest groups are still running.
+template <int kPending>
+__device__ inline void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+template <int kSize>
+__device__ inline void hold(float (&d)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <int kSize>
+__device__ inline void hold(std::uint32_t (&d)[kSize][4]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    asm volatile("" : "+r"(d[i][0]), "+r"(d[i][1]), "+r"(d[i][2]), "+r"(d[i][3])::"memory");
+  }
+}
+
+// clang-format off
+#define NIBBLE_D8(d, i)                                                                 \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]),           \
+  "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define NIBBLE_D16(d, i) NIBBLE_D8(d, i), NIBBLE_D8(d, i + 8)
+#define NIBBLE_D32(d, i) NIBBLE_D16(d, i), NIBBLE_D16(d, i + 16)
+#define NIBBLE_D64(d, i) NIBBLE_D32(d, i), NIBBLE_D32(d, i + 32)
+#define NIBBLE_R16 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define NIBBLE_R32 NIBBLE_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define NIBBLE_R64 NIBBLE_R32 \
+  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
+  ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define NIBBLE_WGMMA(n) "wgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 "
+#define NIBBLE_SS(n, regs, a, b, p, ta, tb)                                             \
+  "{\n.reg .pred p;\nsetp.ne.b32 p, " p ", 0;\n" NIBBLE_WGMMA(n) regs "}, " a ", " b    \
+  ", p, 1, 1, " ta ", " tb ";\n}"
+#define NIBBLE_RS(n, regs, a, b, p, tb)                                                 \
+  "{\n.reg .pred p;\nsetp.ne.b32 p, " p ", 0;\n" NIBBLE_WGMMA(n) regs "}, {" a "}, " b  \
+  ", p, 1, 1, " tb ";\n}"
+// clang-format on
+
+// d (+)= a b^T, 16 deep: 64 rows of a, 2 kSize of b, both in shared memory. accumulate = 0: d is
+// set.
+template <Stored kA, Stored kB, int kSize>
+__device__ inline void product(float (&d)[kSize], std::uint64_t a, std::uint64_t b,
+                               int accumulate) {
+  static_assert(kSize == 16 || kSize == 32 || kSize == 64);
+  if constexpr (kSize == 16) {
+    asm volatile(NIBBLE_SS("32", NIBBLE_R16, "%16", "%17", "%18", "%19", "%20")
+                 : NIBBLE_D16(d, 0)
+                 : "l"(a), "l"(b), "r"(accumulate), "n"(int{kA}), "n"(int{kB}));
+  } else if constexpr (kSize == 32) {
+    asm volatile(NIBBLE_SS("64", NIBBLE_R32, "%32", "%33", "%34", "%35", "%36")
+                 : NIBBLE_D32(d, 0)
+                 : "l"(a), "l"(b), "r"(accumulate), "n"(int{kA}), "n"(int{kB}));
+  } else {
+    asm volatile(NIBBLE_SS("128", NIBBLE_R64, "%64", "%65", "%66", "%67", "%68")
+                 : NIBBLE_D64(d, 0)
+                 : "l"(a), "l"(b), "r"(accumulate), "n"(int{kA}), "n"(int{kB}));
+  }
+}
+// The same with a in registers, in the order of accumulators rounded in pairs.
+template <Stored kB, int kSize>
+__device__ inline void product(float (&d)[kSize], const std::uint32_t (&a)[4], std::uint64_t b,
+                               int accumulate) {
+  static_assert(kSize == 32 || kSize == 64);
+  if constexpr (kSize == 32) {
+    asm volatile(NIBBLE_RS("64", NIBBLE_R32, "%32, %33, %34, %35", "%36", "%37", "%38")
+                 : NIBBLE_D32(d, 0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),
+                   "n"(int{kB}));
+  } else {
+    asm volatile(NIBBLE_RS("128", NIBBLE_R64, "%64, %65, %66, %67", "%68", "%69", "%70")
+                 : NIBBLE_D64(d, 0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),
+                   "n"(int{kB}));
+  }
+}
+
+#undef NIBBLE_D8
+#undef NIBBLE_D16
+#undef NIBBLE_D32
+#undef NIBBLE_D64
+#undef NIBBLE_R16
+#undef NIBBLE_R32
+#undef NIBBLE_R64
+#undef NIBBLE_WGMMA
+#undef NIBBLE_SS
+#undef NIBBLE_RS
+
+// Registers 8 g to 8 g + 7 rounded in pairs: one operand of depth 16.
+template <int kSize>
+__device__ inline void round_fragments(const float (&d)[kSize],
+                                       std::uint32_t (&words)[kSize / 8][4]) {
+#pragma unroll
+  for (int i = 0; i < kSize / 2; ++i) words[i / 4][i % 4] = pack_pair(d[2 * i], d[2 * i + 1]);
+}
+
+}  // namespace nibble::cuda::hopper

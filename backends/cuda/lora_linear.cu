@@ -1,0 +1,166 @@
+// lora_linear     u = drop(x) A^T,  y = x W^T + scale * u B^T
+// lora_linear_dx  dx = dy W + keep * (du A) / (1 - p)
+// lora_linear_da  acc += du^T drop(x)
+//
+// u is a thin product (low_rank); the adapter's part of y and dx rides inside the dense product
+// (gemm.h) or, for few rows, inside the one that reads W in its storage type.
+#include "backends/cuda/gemm.h"
+#include "backends/cuda/low_rank.h"
+#include "backends/cuda/weight.h"
+
+namespace nibble::cuda {
+namespace {
+
+float keep_scale(const OpCall& call) { return 1 / (1 - call.node->get<LoraParams>().dropout); }
+
+std::int64_t at_least(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
+
+// -- y and u -----------------------------------------------------------------------------------
+
+bool supports(const OpCall& call) {
+  return is_computable(call.in_types[0].dtype) && can_decode(call.in_types[1].dtype) &&
+         can_decode(call.in_types[2].dtype) && can_decode(call.in_types[3].dtype);
+}
+
+bool is_matvec(const OpCall& call) {
+  const DType d = call.in_types[0].dtype;
+  return matvec_supports(call.in_types[1], call.in_types[0].shape[0], d);
+}
+
+Gemm dense(const OpCall& call) {
+  const Shape &x = call.in_types[0].shape, &w = call.in_types[1].shape;
+  Gemm g;
+  g.dtype = call.in_types[0].dtype;
+  g.m = x[0];
+  g.n = w[0];
+  g.k = g.x_stride = g.w_stride = x[1];
+  g.x = call.in[0];
+  g.rank = call.in_types[2].shape[0];
+  g.u = call.out[1];
+  g.low_scale = call.node->get<LoraParams>().scale;
+  g.y = call.out[0];
+  g.y_dtype = g.dtype;
+  g.y_stride = g.n;
+  return g;
+}
+
+std::int64_t adapter_copy_bytes(const OpCall& call) {
+  const DType d = call.in_types[0].dtype;
+  return weight_copy_bytes(call.in_types[2], d) + weight_copy_bytes(call.in_types[3], d);
+}
+
+// Copies of A, B and W, then what the thin product or the dense one needs.
+std::int64_t scratch(const OpCall& call, const Card& card) {
+  const Gemm g = dense(call);
+  const std::int64_t down = down_scratch_bytes(g.dtype, g.m, g.k, g.rank, card);
+  if (is_matvec(call)) return adapter_copy_bytes(call) + down;
+  return adapter_copy_bytes(call) + weight_copy_bytes(call.in_types[1], g.dtype) +
+         at_least(down, product_scratch_bytes(g, card));
+}
+
+void run(const OpCall& call, const Launch& launch) {
+  Gemm g = dense(call);
+  auto* scratch = static_cast<std::byte*>(call.scratch);
+  const void* a = dense_weight(call.in_types[2], call.in[2], g.dtype, scratch, launch);
+  g.b = dense_weight(call.in_types[3], call.in[3], g.dtype, scratch, launch);
+  const DownProduct down{g.dtype,          g.m,        g.k, g.rank, g.x, a, dropout_of(call, 4),
+                         keep_scale(call), call.out[1]};
+  if (is_matvec(call)) {
+    down_product(down, scratch, launch);
+    MatVec v;
+    v.weight = call.in_types[1];
+    v.w = call.in[1];
+    v.m = g.m;
+    v.dtype = g.dtype;
+    v.x = g.x;
+    v.rank = g.rank;
+    v.u = g.u;
+    v.b_type = {g.dtype, call.in_types[3].shape, {}};
+    v.b = g.b;
+    v.low_scale = g.low_scale;
+    v.y_dtype = g.dtype;
+    v.y = g.y;
+    return matvec(v, launch);
+  }
+  g.w = dense_weight(call.in_types[1], call.in[1], g.dtype, scratch, launch);
+  down_product(down, scratch, launch);
+  product(g, scratch, launch);
+}
+
+// -- dx ----------------------------------------------------------------------------------------
+
+Gemm dense_dx(const OpCall& call) {
+  const Shape &dy = call.in_types[0].shape, &w = call.in_types[1].shape;
+  Gemm g;
+  g.layout = WeightLayout::k_by_n;
+  g.dtype = call.in_types[0].dtype;
+  g.m = dy[0];
+  g.n = g.w_stride = g.y_stride = w[1];
+  g.k = g.x_stride = dy[1];
+  g.x = call.in[0];
+  g.rank = call.in_types[2].shape[1];
+  g.u = call.in[2];
+  g.low_scale = keep_scale(call);
+  g.keep = dropout_of(call, 4);
+  g.y = call.out[0];
+  g.y_dtype = g.dtype;
+  return g;
+}
+
+std::int64_t scratch_dx(const OpCall& call, const Card& card) {
+  const Gemm g = dense_dx(call);
+  return weight_copy_bytes(call.in_types[3], g.dtype) +
+         weight_copy_bytes(call.in_types[1], g.dtype) + product_scratch_bytes(g, card);
+}
+
+void run_dx(const OpCall& call, const Launch& launch) {
+  Gemm g = dense_dx(call);
+  auto* scratch = static_cast<std::byte*>(call.scratch);
+  g.b = dense_weight(call.in_types[3], call.in[3], g.dtype, scratch, launch);
+  g.w = dense_weight(call.in_types[1], call.in[1], g.dtype, scratch, launch);
+  product(g, scratch, launch);
+}
+
+bool supports_dx(const OpCall& call) {
+  return is_computable(call.in_types[0].dtype) && can_decode(call.in_types[1].dtype) &&
+         can_decode(call.in_types[3].dtype);
+}
+
+// -- dA ----------------------------------------------------------------------------------------
+
+TokenSum token_sum_call(const OpCall& call) {
+  const Shape &x = call.in_types[1].shape, &du = call.in_types[2].shape;
+  TokenSum p;
+  p.left_dtype = p.right_dtype = call.in_types[1].dtype;
+  p.rows = x[0];
+  p.left_cols = du[1];
+  p.right_cols = x[1];
+  p.left = call.in[2];
+  p.right = call.in[1];
+  p.drop = dropout_of(call, 3);
+  p.scale = keep_scale(call);
+  p.acc = call.output<float>(0);
+  return p;
+}
+
+bool supports_da(const OpCall& call) {
+  return is_computable(call.in_types[1].dtype) && call.in_types[0].dtype == DType::F32;
+}
+
+std::int64_t scratch_da(const OpCall& call, const Card& card) {
+  const TokenSum p = token_sum_call(call);
+  return token_sum_scratch_bytes(p.left_dtype, p.right_dtype, p.rows, p.left_cols, p.right_cols,
+                                 card);
+}
+
+void run_da(const OpCall& call, const Launch& launch) {
+  token_sum(token_sum_call(call), call.scratch, launch);
+}
+
+}  // namespace
+
+extern const Kernel lora_linear_kernel{supports, scratch, run};
+extern const Kernel lora_linear_dx_kernel{supports_dx, scratch_dx, run_dx};
+extern const Kernel lora_linear_da_kernel{supports_da, scratch_da, run_da};
+
+}  // namespace nibble::cuda

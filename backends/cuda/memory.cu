@@ -1,0 +1,77 @@
+#include "backends/cuda/memory.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "backends/cuda/kernel.h"
+#include "engine/error.h"
+
+namespace nibble::cuda {
+
+DeviceBuffer::DeviceBuffer(std::int64_t bytes, std::int64_t& total) : bytes_(bytes), total_(total) {
+  if (bytes == 0) return;
+  void* data = nullptr;
+  check(cudaMalloc(&data, static_cast<std::size_t>(bytes)), "cudaMalloc");
+  data_ = static_cast<std::byte*>(data);
+  total_ += bytes_;
+}
+
+DeviceBuffer::~DeviceBuffer() {
+  if (data_ == nullptr) return;
+  cudaFree(data_);
+  total_ -= bytes_;
+}
+
+Staging::Staging(cudaStream_t stream) : stream_(stream) {
+  for (Slot& slot : slots_) {
+    void* data = nullptr;
+    check(cudaHostAlloc(&data, kSlotBytes, cudaHostAllocDefault), "pinning 8 MiB of host memory");
+    slot.data = static_cast<std::byte*>(data);
+    check(cudaEventCreateWithFlags(&slot.done, cudaEventDisableTiming), "cudaEventCreate");
+  }
+  void* data = nullptr;
+  check(cudaHostAlloc(&data, kSlotBytes, cudaHostAllocDefault), "pinning 8 MiB of host memory");
+  landing_ = static_cast<std::byte*>(data);
+}
+
+Staging::~Staging() {
+  cudaStreamSynchronize(stream_);
+  for (const Slot& slot : slots_) {
+    if (slot.done != nullptr) cudaEventDestroy(slot.done);
+    if (slot.data != nullptr) cudaFreeHost(slot.data);
+  }
+  if (landing_ != nullptr) cudaFreeHost(landing_);
+}
+
+void Staging::next_slot() {
+  check(cudaEventRecord(slots_[current_].done, stream_), "upload");
+  current_ = (current_ + 1) % slots_.size();
+  used_ = 0;
+  check(cudaEventSynchronize(slots_[current_].done), "upload");
+}
+
+void Staging::upload(std::byte* to, std::span<const std::byte> from) {
+  while (!from.empty()) {
+    if (used_ == kSlotBytes) next_slot();
+    const std::size_t count = std::min(from.size(), kSlotBytes - used_);
+    std::byte* staged = slots_[current_].data + used_;
+    std::memcpy(staged, from.data(), count);
+    check(cudaMemcpyAsync(to, staged, count, cudaMemcpyHostToDevice, stream_), "upload");
+    used_ = std::min(kSlotBytes, (used_ + count + 255) / 256 * 256);
+    to += count;
+    from = from.subspan(count);
+  }
+}
+
+void Staging::download(std::span<std::byte> to, const std::byte* from) {
+  while (!to.empty()) {
+    const std::size_t count = std::min(to.size(), kSlotBytes);
+    check(cudaMemcpyAsync(landing_, from, count, cudaMemcpyDeviceToHost, stream_), "download");
+    check(cudaStreamSynchronize(stream_), "waiting for the device");
+    std::memcpy(to.data(), landing_, count);
+    to = to.subspan(count);
+    from += count;
+  }
+}
+
+}  // namespace nibble::cuda
