@@ -127,15 +127,24 @@ class Walker final : public VjpArgs {
     std::int32_t& clone = clones_[index(ref.node)];
     if (clone < 0) {
       const Node n = graph_.node(ref.node);
-      std::array<Ref, Node::kMaxInputs> inputs;
-      for (int i = 0; i < n.n_inputs; ++i) {
-        const Tensor t = value(n.inputs[index(i)]);
-        inputs[index(i)] = {t.node, t.output};
-      }
-      clone = graph_.clone(ref.node, {inputs.data(), n.n_inputs});
+      clone = recompute(ref.node, n);
       ++recomputed_;
     }
     return {&graph_, clone, ref.output};
+  }
+
+  std::int32_t recompute(std::int32_t id, const Node& n) {
+    std::array<Tensor, Node::kMaxInputs> inputs;
+    std::array<Ref, Node::kMaxInputs> refs;
+    for (int i = 0; i < n.n_inputs; ++i) {
+      inputs[index(i)] = value(n.inputs[index(i)]);
+      refs[index(i)] = {inputs[index(i)].node, inputs[index(i)].output};
+    }
+    const OpDef& def = op_def(n.op);
+    if (def.recompute == nullptr) return graph_.clone(id, {refs.data(), n.n_inputs});
+    const Tensor repeated = def.recompute(graph_, id, {inputs.data(), n.n_inputs});
+    graph_.mark_recomputing(repeated.node, id);
+    return repeated.node;
   }
 
   void contribute(Ref target, Tensor gradient) {

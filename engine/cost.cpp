@@ -20,6 +20,7 @@ double flops(const OpCall& call, double average_span) {
       return 2 * static_cast<double>(in(call, 1).shape[0]) * elements(in(call, 0));
     case OpId::lora_linear:
       return 2 * rows * (elements(in(call, 1)) + elements(in(call, 2)) + elements(in(call, 3)));
+    case OpId::lora_linear_y:
     case OpId::lora_linear_dx:
       return 2 * rows * (elements(in(call, 1)) + elements(in(call, 3)));
     case OpId::attention:  // two products over half of the span's square

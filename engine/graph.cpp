@@ -111,6 +111,12 @@ void Graph::begin_segment(Rung rung) {
   segments_.push_back({rung});
 }
 
+void Graph::mark_recomputing(std::int32_t id, std::int32_t original) {
+  Node& node = nodes_[static_cast<std::size_t>(id)];
+  node.clone_of = original;
+  node.needs_grad = false;
+}
+
 void Graph::require_grad(Tensor leaf) {
   nodes_[static_cast<std::size_t>(leaf.node)].needs_grad = true;
 }

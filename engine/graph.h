@@ -129,6 +129,8 @@ class Graph {
                 const std::array<std::byte, Node::kParamBytes>& params);
   // Repeats `node` with other inputs: how dropped values are recomputed.
   std::int32_t clone(std::int32_t node, std::span<const Ref> inputs);
+  // Says that `node`, just appended, recomputes `original` by another op.
+  void mark_recomputing(std::int32_t node, std::int32_t original);
 
   Tensor tensor(Ref ref) { return {this, ref.node, ref.output}; }
   Tensor output_of(Tensor t, int output) { return {this, t.node, output}; }

@@ -91,6 +91,10 @@ struct OpDef {
   bool cheap = false;
   // Bit o: output o is stored on every rung, because it is small and the op is dear to repeat.
   std::uint8_t stored = 0;
+  // Appends what repeats output 0 of a node, bit for bit, from `inputs` (its own, recomputed where
+  // they were dropped) and its stored outputs, more cheaply than the op; null: the op itself is
+  // cloned.
+  Tensor (*recompute)(Graph& graph, std::int32_t node, std::span<const Tensor> inputs) = nullptr;
 };
 
 const OpDef& op_def(OpId op);

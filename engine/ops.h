@@ -68,6 +68,8 @@ struct LoraDropout {
 };
 Tensor lora_linear(Tensor x, Tensor w, Tensor a, Tensor b, float scale,
                    const LoraDropout& dropout = {});
+// y of lora_linear from its stored u: what recomputing it takes.
+Tensor lora_linear_y(Tensor x, Tensor w, Tensor u, Tensor b, float scale);
 // dx = dy W + mask * (du A) / (1 - p); du [T, r].
 Tensor lora_linear_dx(Tensor dy, Tensor w, Tensor du, Tensor a, const LoraDropout& dropout = {});
 // acc += du^T drop(x); acc: stat [r, in].

@@ -12,8 +12,10 @@
 
 namespace nibble {
 
-inline constexpr std::int64_t kParameterBlock = 4096;   // elements
-inline constexpr std::int64_t kParameterPage = 262144;  // elements: 1 MiB of F32
+inline constexpr std::int64_t kParameterBlock = 4096;  // elements
+// Elements that the optimizer's program handles per kernel: 64 MiB of F32. A GPU spends about 5 us
+// on each launch, as long as on 4 MiB.
+inline constexpr std::int64_t kParameterPage = 16 << 20;
 
 struct ParameterSegment {
   std::string name;

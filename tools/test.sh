@@ -26,7 +26,7 @@ configure build -Dwerror=true
 suite build
 if [ "${1:-}" != --quick ]; then
   # Without -Werror: GCC's warnings see ghosts in instrumented code (its own manual says so).
-  configure build-sanitize -Doptimization=1 -Ddebug=true -Db_ndebug=false \
+  configure build-sanitize -Dcuda=disabled -Doptimization=1 -Ddebug=true -Db_ndebug=false \
     -Db_sanitize=address,undefined -Db_lundef=false
   UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 ASAN_OPTIONS=detect_leaks=1 \
     suite build-sanitize --no-suite bits

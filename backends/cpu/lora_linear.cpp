@@ -1,6 +1,7 @@
 // A linear layer with its adapter; the formulas are in engine/ops/lora_linear.cpp.
 //
-//   forward   u = drop(x) A^T, then y = [x | u] [W | B]^T as one product of two terms
+//   forward   u = drop(x) A^T, then y = [x | u] [W | B]^T as one product of two terms; recomputing
+//             y is the second half alone
 //   dx        without dropout [dy | du] [W ; A], one product; with dropout du A is masked first and
 //             dy W accumulated on top, in F32, before the only rounding
 //   dA        acc += du^T drop(x)
@@ -133,6 +134,28 @@ void run(const OpCall& call, ThreadPool& pool) {
   multiply(context, WeightUse::Transposed, rows, terms, output_matrix(call, 0));
 }
 
+// -- y from a stored u ---------------------------------------------------------------------------
+
+std::int64_t scratch_y(const OpCall& call, int) {
+  const DType d = call.in_types[0].dtype;
+  const Shape &x = call.in_types[0].shape, &b = call.in_types[3].shape;
+  return multiply_scratch_bytes(d, d, x[0], b[0], x[1] + b[1]);
+}
+
+bool supports_y(const OpCall& call) {
+  return is_computable(call.in_types[0].dtype) && can_decode(call.in_types[1].dtype) &&
+         can_decode(call.in_types[3].dtype);
+}
+
+void run_y(const OpCall& call, ThreadPool& pool) {
+  const GemmContext context = gemm_context(call, pool, scratch_y(call, pool.threads()));
+  const Term terms[2] = {
+      {input_matrix(call, 0), input_weight(call, 1), 1},
+      {input_matrix(call, 2), input_weight(call, 3), call.node->get<LoraParams>().scale}};
+  multiply(context, WeightUse::Transposed, call.in_types[0].shape[0], terms,
+           output_matrix(call, 0));
+}
+
 // -- dx ----------------------------------------------------------------------------------------
 
 // The type that dx is summed in with dropout.
@@ -239,6 +262,7 @@ std::int64_t scratch_da(const OpCall& call, int) { return layout_da(call).bytes(
 }  // namespace
 
 extern const Kernel lora_linear_kernel{supports, scratch, run};
+extern const Kernel lora_linear_y_kernel{supports_y, scratch_y, run_y};
 extern const Kernel lora_linear_dx_kernel{supports, scratch_dx, run_dx};
 extern const Kernel lora_linear_da_kernel{supports_da, scratch_da, run_da};
 

@@ -29,17 +29,19 @@ int device_count() {
   cudaDriverGetVersion(&driver);
   cudaRuntimeGetVersion(&runtime);
   if (status == cudaErrorInsufficientDriver && driver > 0) {
-    throw DeviceError("the NVIDIA driver supports CUDA " + version_text(driver) +
-                          ", this build needs " + version_text(runtime) +
+    throw DeviceError("CUDA is not available: the NVIDIA driver supports CUDA " +
+                          version_text(driver) + ", this build needs " + version_text(runtime) +
                           "; update the driver, or use --backend cpu",
                       static_cast<int>(status));
   }
   if (status == cudaErrorInsufficientDriver) {
-    throw DeviceError("no NVIDIA driver is installed; use --backend cpu", static_cast<int>(status));
+    throw DeviceError("CUDA is not available: no NVIDIA driver is installed; use --backend cpu",
+                      static_cast<int>(status));
   }
   if (status == cudaErrorNoDevice || (status == cudaSuccess && count == 0)) {
     throw DeviceError(
-        "the driver shows no NVIDIA device (CUDA_VISIBLE_DEVICES may hide it); use --backend cpu",
+        "CUDA is not available: the driver shows no device (CUDA_VISIBLE_DEVICES may hide it); use "
+        "--backend cpu",
         static_cast<int>(cudaErrorNoDevice));
   }
   check(status, "looking for devices");

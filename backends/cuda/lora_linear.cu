@@ -1,4 +1,5 @@
 // lora_linear     u = drop(x) A^T,  y = x W^T + scale * u B^T
+// lora_linear_y   y from a stored u
 // lora_linear_dx  dx = dy W + keep * (du A) / (1 - p)
 // lora_linear_da  acc += du^T drop(x)
 //
@@ -17,17 +18,8 @@ std::int64_t at_least(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 
 // -- y and u -----------------------------------------------------------------------------------
 
-bool supports(const OpCall& call) {
-  return is_computable(call.in_types[0].dtype) && can_decode(call.in_types[1].dtype) &&
-         can_decode(call.in_types[2].dtype) && can_decode(call.in_types[3].dtype);
-}
-
-bool is_matvec(const OpCall& call) {
-  const DType d = call.in_types[0].dtype;
-  return matvec_supports(call.in_types[1], call.in_types[0].shape[0], d);
-}
-
-Gemm dense(const OpCall& call) {
+// y from u, which the caller gives; W and B are inputs 1 and 3 of both ops.
+Gemm dense(const OpCall& call, const void* u, std::int64_t rank) {
   const Shape &x = call.in_types[0].shape, &w = call.in_types[1].shape;
   Gemm g;
   g.dtype = call.in_types[0].dtype;
@@ -35,8 +27,8 @@ Gemm dense(const OpCall& call) {
   g.n = w[0];
   g.k = g.x_stride = g.w_stride = x[1];
   g.x = call.in[0];
-  g.rank = call.in_types[2].shape[0];
-  g.u = call.out[1];
+  g.rank = rank;
+  g.u = u;
   g.low_scale = call.node->get<LoraParams>().scale;
   g.y = call.out[0];
   g.y_dtype = g.dtype;
@@ -44,47 +36,77 @@ Gemm dense(const OpCall& call) {
   return g;
 }
 
-std::int64_t adapter_copy_bytes(const OpCall& call) {
-  const DType d = call.in_types[0].dtype;
-  return weight_copy_bytes(call.in_types[2], d) + weight_copy_bytes(call.in_types[3], d);
+bool is_matvec(const OpCall& call) {
+  return matvec_supports(call.in_types[1], call.in_types[0].shape[0], call.in_types[0].dtype);
 }
 
-// Copies of A, B and W, then what the thin product or the dense one needs.
+// What y takes: a copy of B, and one of W with the dense product.
+std::int64_t output_scratch(const OpCall& call, std::int64_t rank, const Card& card) {
+  const Gemm g = dense(call, nullptr, rank);
+  const std::int64_t b = weight_copy_bytes(call.in_types[3], g.dtype);
+  if (is_matvec(call)) return b;
+  return b + weight_copy_bytes(call.in_types[1], g.dtype) + product_scratch_bytes(g, card);
+}
+
+void run_output(const OpCall& call, Gemm g, std::byte* scratch, const Launch& launch) {
+  g.b = dense_weight(call.in_types[3], call.in[3], g.dtype, scratch, launch);
+  if (!is_matvec(call)) {
+    g.w = dense_weight(call.in_types[1], call.in[1], g.dtype, scratch, launch);
+    return product(g, scratch, launch);
+  }
+  MatVec v;
+  v.weight = call.in_types[1];
+  v.w = call.in[1];
+  v.m = g.m;
+  v.dtype = g.dtype;
+  v.x = g.x;
+  v.rank = g.rank;
+  v.u = g.u;
+  v.b_type = {g.dtype, call.in_types[3].shape, {}};
+  v.b = g.b;
+  v.low_scale = g.low_scale;
+  v.y_dtype = g.dtype;
+  v.y = g.y;
+  matvec(v, launch);
+}
+
+bool supports(const OpCall& call) {
+  return is_computable(call.in_types[0].dtype) && can_decode(call.in_types[1].dtype) &&
+         can_decode(call.in_types[2].dtype) && can_decode(call.in_types[3].dtype);
+}
+
+// u comes first and is done with its scratch when y begins.
 std::int64_t scratch(const OpCall& call, const Card& card) {
-  const Gemm g = dense(call);
-  const std::int64_t down = down_scratch_bytes(g.dtype, g.m, g.k, g.rank, card);
-  if (is_matvec(call)) return adapter_copy_bytes(call) + down;
-  return adapter_copy_bytes(call) + weight_copy_bytes(call.in_types[1], g.dtype) +
-         at_least(down, product_scratch_bytes(g, card));
+  const DType d = call.in_types[0].dtype;
+  const Shape &x = call.in_types[0].shape, &a = call.in_types[2].shape;
+  const std::int64_t down =
+      weight_copy_bytes(call.in_types[2], d) + down_scratch_bytes(d, x[0], x[1], a[0], card);
+  return at_least(down, output_scratch(call, a[0], card));
 }
 
 void run(const OpCall& call, const Launch& launch) {
-  Gemm g = dense(call);
+  const DType d = call.in_types[0].dtype;
+  const Shape &x = call.in_types[0].shape, &a = call.in_types[2].shape;
   auto* scratch = static_cast<std::byte*>(call.scratch);
-  const void* a = dense_weight(call.in_types[2], call.in[2], g.dtype, scratch, launch);
-  g.b = dense_weight(call.in_types[3], call.in[3], g.dtype, scratch, launch);
-  const DownProduct down{g.dtype,          g.m,        g.k, g.rank, g.x, a, dropout_of(call, 4),
-                         keep_scale(call), call.out[1]};
-  if (is_matvec(call)) {
-    down_product(down, scratch, launch);
-    MatVec v;
-    v.weight = call.in_types[1];
-    v.w = call.in[1];
-    v.m = g.m;
-    v.dtype = g.dtype;
-    v.x = g.x;
-    v.rank = g.rank;
-    v.u = g.u;
-    v.b_type = {g.dtype, call.in_types[3].shape, {}};
-    v.b = g.b;
-    v.low_scale = g.low_scale;
-    v.y_dtype = g.dtype;
-    v.y = g.y;
-    return matvec(v, launch);
-  }
-  g.w = dense_weight(call.in_types[1], call.in[1], g.dtype, scratch, launch);
+  DownProduct down{
+      d, x[0], x[1], a[0], call.in[0], nullptr, dropout_of(call, 4), keep_scale(call), call.out[1]};
+  down.a = dense_weight(call.in_types[2], call.in[2], d, scratch, launch);
   down_product(down, scratch, launch);
-  product(g, scratch, launch);
+  run_output(call, dense(call, call.out[1], a[0]), static_cast<std::byte*>(call.scratch), launch);
+}
+
+bool supports_y(const OpCall& call) {
+  return is_computable(call.in_types[0].dtype) && can_decode(call.in_types[1].dtype) &&
+         can_decode(call.in_types[3].dtype);
+}
+
+std::int64_t scratch_y(const OpCall& call, const Card& card) {
+  return output_scratch(call, call.in_types[2].shape[1], card);
+}
+
+void run_y(const OpCall& call, const Launch& launch) {
+  run_output(call, dense(call, call.in[2], call.in_types[2].shape[1]),
+             static_cast<std::byte*>(call.scratch), launch);
 }
 
 // -- dx ----------------------------------------------------------------------------------------
@@ -160,6 +182,7 @@ void run_da(const OpCall& call, const Launch& launch) {
 }  // namespace
 
 extern const Kernel lora_linear_kernel{supports, scratch, run};
+extern const Kernel lora_linear_y_kernel{supports_y, scratch_y, run_y};
 extern const Kernel lora_linear_dx_kernel{supports_dx, scratch_dx, run_dx};
 extern const Kernel lora_linear_da_kernel{supports_da, scratch_da, run_da};
 

@@ -7,9 +7,9 @@
 //
 // One op, so that a backend can run [x | u] [W | scale B]^T as a single product. u is the second
 // output because dB needs it, and stored on every rung: it is small, and without it the product
-// with W would be repeated for nothing. y is computed from the rounded u, so a recomputed y is the
-// same y. Dropout sits in front of A alone, as in the paper's code; its numbers are drawn anew
-// wherever they are needed (engine/dropout.h).
+// with W would be repeated for nothing. y is computed from the rounded u, so a y recomputed from
+// the stored u (lora_linear_y) is the same y. Dropout sits in front of A alone, as in the paper's
+// code; its numbers are drawn anew wherever they are needed (engine/dropout.h).
 #include "engine/dropout.h"
 #include "engine/ops.h"
 #include "engine/ops/check.h"
@@ -41,6 +41,9 @@ Tensor emit(OpId op, std::string_view name, std::initializer_list<Tensor> inputs
 Tensor lora_linear(Tensor x, Tensor w, Tensor a, Tensor b, float scale,
                    const LoraDropout& dropout) {
   return emit(OpId::lora_linear, "lora_linear", {x, w, a, b}, scale, dropout);
+}
+Tensor lora_linear_y(Tensor x, Tensor w, Tensor u, Tensor b, float scale) {
+  return emit(OpId::lora_linear_y, "lora_linear_y", {x, w, u, b}, scale, {});
 }
 Tensor lora_linear_dx(Tensor dy, Tensor w, Tensor du, Tensor a, const LoraDropout& dropout) {
   return emit(OpId::lora_linear_dx, "lora_linear_dx", {dy, w, du, a}, 1.0f, dropout);
@@ -91,6 +94,25 @@ void infer(InferArgs& args) {
   args.outputs[0] = {args.compute, {x[0], outer}, {}};
   args.outputs[1] = {args.compute, {x[0], rank}, {}};
   args.n_outputs = 2;
+}
+
+void infer_y(InferArgs& args) {
+  check::count(args, 4);
+  check::activation(args, 0, "x");
+  check::activation(args, 2, "u");
+  const Shape& x = check::in(args, 0).shape;
+  const Shape& u = check::in(args, 2).shape;
+  check::shape(args, 2, "u", Shape{x[0], u[1]}, "as many rows as x");
+  check::rank(args, 1, "w", 2, "a matrix [out, in]");
+  const std::int64_t outer = check::in(args, 1).shape[0];
+  check_matrix(args, 1, "w", Shape{outer, x[1]}, "[out, in] with in = the channels of x");
+  check_matrix(args, 3, "b", Shape{outer, u[1]}, "[rows of w, channels of u]");
+  args.outputs[0] = {args.compute, {x[0], outer}, {}};
+}
+
+Tensor recompute(Graph& graph, std::int32_t node, std::span<const Tensor> in) {
+  const float scale = graph.node(node).get<LoraParams>().scale;
+  return lora_linear_y(in[0], in[1], graph.tensor({node, 1}), in[3], scale);
 }
 
 void infer_dx(InferArgs& args) {
@@ -190,6 +212,23 @@ void reference(const ReferenceArgs& args) {
   }
 }
 
+void reference_y(const ReferenceArgs& args) {
+  const auto rows = static_cast<std::size_t>(args.in_types[0].shape[0]);
+  const auto inner = static_cast<std::size_t>(args.in_types[0].shape[1]);
+  const auto outer = static_cast<std::size_t>(args.in_types[1].shape[0]);
+  const auto rank = static_cast<std::size_t>(args.in_types[2].shape[1]);
+  const double scale = args.node.get<LoraParams>().scale;
+  const std::vector<double>&x = args.in[0], &w = args.in[1], &u = args.in[2], &b = args.in[3];
+  for (std::size_t t = 0; t < rows; ++t) {
+    for (std::size_t n = 0; n < outer; ++n) {
+      double sum = 0, low_rank = 0;
+      for (std::size_t c = 0; c < inner; ++c) sum += x[t * inner + c] * w[n * inner + c];
+      for (std::size_t j = 0; j < rank; ++j) low_rank += u[t * rank + j] * b[n * rank + j];
+      args.out[0][t * outer + n] = sum + scale * low_rank;
+    }
+  }
+}
+
 void reference_dx(const ReferenceArgs& args) {
   const auto rows = static_cast<std::size_t>(args.in_types[0].shape[0]);
   const auto outer = static_cast<std::size_t>(args.in_types[0].shape[1]);
@@ -263,6 +302,23 @@ std::vector<Sample> samples() {
           sample("short last chunk, dropout", Role::parameter, 0.1f, {543, 16, 1024, 4})};
 }
 
+Sample sample_y(std::string_view label, Dims d) {
+  return {label,
+          {{Role::activation, {d.rows, d.inner}},
+           {Role::weight, {d.outer, d.inner}},
+           {Role::activation, {d.rows, d.rank}},
+           {Role::parameter, {d.outer, d.rank}}},
+          [](Graph&, std::span<const Tensor> in) {
+            return lora_linear_y(in[0], in[1], in[2], in[3], 0.5f);
+          },
+          d.inner + d.rank};
+}
+
+std::vector<Sample> samples_y() {
+  return {sample_y("tiny", {3, 4, 5, 2}), sample_y("one row", {1, 33, 256, 16}),
+          sample_y("edge tiles", {67, 45, 160, 9}), sample_y("whole packs", {130, 72, 128, 8})};
+}
+
 Sample sample_dx(std::string_view label, float p, Dims d) {
   std::vector<Sample::Input> inputs = {{Role::activation, {d.rows, d.outer}},
                                        {Role::weight, {d.outer, d.inner}},
@@ -308,7 +364,10 @@ extern const OpDef lora_linear_op{.name = "lora_linear",
                                   .vjp = vjp,
                                   .reference = reference,
                                   .samples = samples,
-                                  .stored = 0b10};
+                                  .stored = 0b10,
+                                  .recompute = recompute};
+extern const OpDef lora_linear_y_op{
+    .name = "lora_linear_y", .infer = infer_y, .reference = reference_y, .samples = samples_y};
 extern const OpDef lora_linear_dx_op{
     .name = "lora_linear_dx", .infer = infer_dx, .reference = reference_dx, .samples = samples_dx};
 extern const OpDef lora_linear_da_op{.name = "lora_linear_da",

@@ -10,6 +10,13 @@ check "a missing flag" exits 2 "--data" "$nibble" finetune --model tiny
 check "a missing model" exits 1 "no such file" "$nibble" finetune --model nowhere.gguf --data $rows --out "$scratch/run"
 check "a missing data file" exits 1 "nowhere.jsonl" "${finetune[@]}" --data nowhere.jsonl
 check "an unknown backend says what there is" exits 1 "cpu" "${finetune[@]}" --data $rows --backend tpu
+check "an unknown set of kernels is refused" exits 2 "sm80" "${finetune[@]}" --data $rows --kernels sm70
+check "devices lists the CPU" sh -c "'$nibble' devices | grep -q '^cpu '"
+if "$nibble" devices | grep -q '^cuda:'; then
+  check "a device that is not there" exits 1 "there is no CUDA device 99" "${finetune[@]}" --data $rows --backend cuda:99
+else
+  check "without a GPU the reason is said" exits 1 "CUDA is not available: " "${finetune[@]}" --data $rows --backend cuda
+fi
 check "unknown targets say what there is" exits 1 "q_proj" "${finetune[@]}" --data $rows --targets nothing
 check "a quantized model cannot be trained in full" exits 1 "gguf-convert" "${finetune[@]}" --data $rows --method full
 check "a run that does not fit says so first" exits 1 "does not fit" "${finetune[@]}" --data $rows --memory 1M

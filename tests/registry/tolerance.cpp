@@ -44,6 +44,7 @@ double operand_roundings(OpId op) {
     case OpId::linear_cross_entropy:
     case OpId::linear_cross_entropy_dw:
     case OpId::lora_linear:
+    case OpId::lora_linear_y:
     case OpId::lora_linear_dx:
       return 1;
     default:

@@ -305,6 +305,49 @@ TEST_CASE("the arena of a 7B training step is close to its lower bound") {
   }
 }
 
+// A kernel that does several steps reads all their inputs while it writes all their outputs: two of
+// these values lie apart, or, where an op may overwrite its input, at the same address.
+TEST_CASE("the values of steps that run as one kernel do not overlap") {
+  for (const std::size_t group : {2, 3, 5}) {
+    for (const Rung rung : {Rung::store, Rung::cheap, Rung::block}) {
+      LlamaShape shape{.rows = 40, .layers = 3};
+      shape.rung = rung;
+      const LlamaGraph llama = llama_training(shape);
+      const Graph& g = *llama.graph;
+      ReferenceBackend backend;
+      backend.group = group;
+      const Plan plan = make_plan(g, backend);
+      for (std::size_t first = 0; first < plan.steps.size();) {
+        std::vector<Ref> values, written;
+        std::size_t end = first;
+        do {
+          const Node& n = g.node(plan.steps[end]);
+          for (int i = 0; i < n.n_inputs; ++i) {
+            values.push_back(n.inputs[static_cast<std::size_t>(i)]);
+          }
+          for (int o = 0; o < n.n_outputs; ++o) {
+            values.push_back({plan.steps[end], o});
+            written.push_back({plan.steps[end], o});
+          }
+          ++end;
+        } while (end < plan.steps.size() && plan.fused[end]);
+        CHECK(end - first <= group);
+        for (const Ref& a : written) {
+          for (const Ref& b : values) {
+            const Location &at = plan.at(a), &other = plan.at(b);
+            if (at.kind != Location::Kind::arena || other.kind != Location::Kind::arena) continue;
+            if (at.offset == other.offset) continue;
+            const bool apart = at.offset + bytes(g.type(a)) <= other.offset ||
+                               other.offset + bytes(g.type(b)) <= at.offset;
+            CHECK_MESSAGE(apart, "%" << a.node << " and %" << b.node << " in a group of " << group);
+          }
+        }
+        first = end;
+      }
+    }
+  }
+}
+
 TEST_CASE("a chain of in-place ops needs one value's memory") {
   Graph g;
   const TensorType type{DType::F32, {16, 16}, {}};

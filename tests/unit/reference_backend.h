@@ -19,6 +19,7 @@ class ReferenceBackend final : public Backend {
  public:
   OpId missing = OpId::count;                               // no kernel for this op
   std::function<std::int64_t(const OpCall&)> scratch = {};  // bytes, 0 when empty
+  std::size_t group = 1;                                    // steps that count as one kernel
 
   BackendInfo info() const override {
     return {.name = "reference",
@@ -31,6 +32,9 @@ class ReferenceBackend final : public Backend {
   bool supports(const OpCall& call) const override { return call.node->op != missing; }
   std::int64_t scratch_bytes(const OpCall& call) const override {
     return scratch ? scratch(call) : 0;
+  }
+  bool fuses(const Graph&, std::span<const std::int32_t> steps, std::int32_t) const override {
+    return steps.size() < group;
   }
   std::unique_ptr<Buffer> allocate(std::int64_t bytes, std::string_view) override {
     return std::make_unique<HostBuffer>(bytes, allocated_);
