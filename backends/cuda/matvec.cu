@@ -2,20 +2,25 @@
 // token by token. The weight is streamed once, in its storage type, so the time is that of its
 // bytes.
 //
-// Two routes, chosen by the weight's format and dtype alone:
+// Two routes, chosen by the weight's type and the graph's dtype alone:
 //
 // codebook (NF4 and FP4 in BF16 graphs). A memory at 3 TB/s delivers about 25 such elements per
 // cycle and multiprocessor, so that a weight may cost 5 instructions of a lane. The products
-// therefore run on the tensor cores (mma m16n8k16, x as the rows, 8 rows of W as the columns),
-// which take the decoded pair of bf16 as it is, and a byte of codes is looked up whole: a table of
-// 256 pairs of floats, copied for each lane of a half warp so that no two lanes share a bank; a
-// byte dot product makes the address. A tile is 8 rows of W; its 8 warps take chunks of 128
-// channels in turn, a lane 32 consecutive channels of one row in each. Partial sums meet in shared
-// memory and are added in warp order. Measured on an H100 with m = 1: half of that memory's rate
-// for [44032, 4096]; a launch of its own costs about 3 us besides.
+// therefore run on the tensor cores (mma m16n8k16), which take the decoded pair of bf16 as it is,
+// and a byte of codes is looked up whole: a table of 256 pairs of floats, copied for each lane of a
+// half warp so that no two lanes share a bank; a byte dot product makes the address.
+// A tile is 8 rows of W, and 512 channels of it are a piece: the work of a warp, whose next piece
+// is on its way from memory meanwhile. The sums of pieces stay in shared memory until all of a
+// block's tiles are done, and are then added in the order of channels: there is no barrier inside.
+// Where the card has it, a launch starts while the kernel before is ending: the tables and the
+// first weights, which no kernel writes, are fetched then, and the rest waits for the kernel
+// before. Measured on an H100 with m = 1: 65 % of that memory's rate for [44032, 4096]; the four
+// launches of a layer of Llama-2-7B take 64 us, 54 %. L1, where table, codes and x meet, is then
+// busiest. Blocks of 32, rows of an odd number of half blocks and very long rows take the other
+// route.
 //
-// rows (every other format, and F32 graphs). A warp takes one row of W for m = 1, four otherwise; a
-// lane decodes 8 consecutive channels at a time and multiplies in F32.
+// rows (what is left). A warp takes one row of W for m = 1, four otherwise; a lane decodes 8
+// consecutive channels at a time and multiplies in F32.
 //
 // In BF16 graphs decoded weights are rounded to bf16 first, as the dense route does. Each row of x
 // is summed in the same order whatever m is.
@@ -29,6 +34,12 @@ constexpr int kMaxCalls = 4;
 constexpr int kMaxRows = 8;  // of x
 constexpr int kSector = 32;  // bytes that memory delivers at once
 
+// A value as the products of a graph of T see it.
+template <class T>
+__device__ inline float rounded(float x) {
+  return to_float(from_float<T>(x));
+}
+
 // The adapter's part, and where results go.
 struct Result {
   std::int64_t outputs;
@@ -39,6 +50,12 @@ struct Result {
   void* y;
   bool b_is_bf16, y_is_bf16;
 
+  // As the products of a graph of T see it.
+  template <class T>
+  __device__ float b_value(std::int64_t at) const {
+    return b_is_bf16 ? to_float(static_cast<const bf16*>(b)[at])
+                     : rounded<T>(static_cast<const float*>(b)[at]);
+  }
   __device__ void store(int token, std::int64_t row, float sum, float low) const {
     float value = __fmul_rn(scale, sum);
     if (rank > 0) value = fmaf(low_scale, low, value);
@@ -51,12 +68,6 @@ struct Result {
   }
 };
 
-// A value as the products of a graph of T see it.
-template <class T>
-__device__ inline float rounded(float x) {
-  return to_float(from_float<T>(x));
-}
-
 // sum_j u[token, j] b[row, j] for each token, by a warp; the sums are in every lane.
 template <class T, int kTokens>
 __device__ inline void low_rank(const Result& result, std::int64_t row, int m, int lane,
@@ -67,9 +78,7 @@ __device__ inline void low_rank(const Result& result, std::int64_t row, int m, i
   const auto* u = static_cast<const T*>(result.u);
 #pragma unroll 1
   for (std::int64_t j = lane; j < result.rank; j += kWarp) {
-    const std::int64_t at = row * result.rank + j;
-    const float b = result.b_is_bf16 ? to_float(static_cast<const bf16*>(result.b)[at])
-                                     : rounded<T>(static_cast<const float*>(result.b)[at]);
+    const float b = result.b_value<T>(row * result.rank + j);
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
       if (t < m) sums[t] = fmaf(to_float(u[t * result.rank + j]), b, sums[t]);
@@ -81,15 +90,8 @@ __device__ inline void low_rank(const Result& result, std::int64_t row, int m, i
   }
 }
 
-// Brings row `row` of b nearer, for low_rank to find it later.
-__device__ inline void prefetch_low_rank(const Result& result, std::int64_t row, int lane) {
-  const std::int64_t bytes = result.rank * (result.b_is_bf16 ? 2 : 4);
-  if (row >= result.outputs || lane * kSector >= bytes) return;
-  const auto* at = static_cast<const std::uint8_t*>(result.b) + row * bytes + lane * kSector;
-  asm volatile("prefetch.global.L2 [%0];" : : "l"(at));
-}
-
-// Calls of one kernel; call c has the tiles (or blocks) from first[c] on.
+// Calls of one kernel; call c has the tiles (or blocks) from first[c] on, and calls that are not
+// there begin past the last tile.
 template <class Decoder>
 struct Calls {
   struct Call {
@@ -106,7 +108,8 @@ struct Calls {
 
   __device__ int call_of(int tile) const {
     int c = 0;
-    while (c + 1 < count && tile >= first[c + 1]) ++c;
+#pragma unroll
+    for (int i = 1; i < kMaxCalls; ++i) c += tile >= first[i] ? 1 : 0;
     return c;
   }
 };
@@ -211,19 +214,45 @@ __global__ void __launch_bounds__(kRowThreads)
 
 // ---- codebook
 
-constexpr int kTileRows = 8, kTileWarps = 8;
-constexpr int kTilesPerBlock = 2, kBlocksPerProcessor = 2;
-constexpr int kCodebookThreads = kTilesPerBlock * kTileWarps * kWarp;
-// A run is 32 channels of a row, what a lane loads at once; a chunk is the 4 runs of a warp's rows.
-constexpr int kRun = 32, kChunkRuns = 4;
+constexpr int kTileRows = 8;
+constexpr int kCodebookWarps = 12;
+constexpr int kCodebookThreads = kCodebookWarps * kWarp;
+// A run is 32 channels of a row, what a lane loads at once. A step is 8 runs of each row of the
+// tile: a lane has run q and run 4 + q of row g, where g = lane / 4 and q = lane % 4.
+constexpr int kRun = 32, kStepRuns = 8, kPieceSteps = 2;
+constexpr int kPieceRuns = kStepRuns * kPieceSteps;
+constexpr int kPartials = 8192;
 
 struct CodebookShared {
   float2 pairs[256][16];  // of byte b: the values of its high and its low nibble, 16 times
   float maps[kMaxCalls][256];
-  // Two sets in turn, so that one barrier a tile is enough.
-  float partial[2][kTilesPerBlock][kTileWarps][kMaxRows][kTileRows];
+  float offsets[kMaxCalls];
+  // [tile][piece, then the adapter's part][token][row]
+  float partials[kPartials];
 };
 static_assert(sizeof(CodebookShared) <= kSharedLimit);
+
+constexpr int blocks_per_processor(int tokens) { return tokens > 4 ? 1 : 2; }
+
+// How the work of a launch is cut; see CodebookPlace.
+struct CodebookPlan {
+  int row_runs, row_pieces;
+  int step_tiles, step_pieces;  // kCodebookWarps pieces further
+  int round_tiles;              // tiles of a block whose partial sums fit at once
+};
+
+// Until the kernels before this one are done and what they wrote is visible.
+__device__ inline void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next kernel may set itself up, if its launch asks to start early.
+__device__ inline void admit_successor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 // Read once: kept out of L1, where x stays.
 __device__ inline uint4 load_once(const void* from) {
@@ -234,6 +263,18 @@ __device__ inline uint4 load_once(const void* from) {
   return v;
 }
 
+// Leaves `to` as it is where not `wanted`: a load costs by the lanes that take part.
+__device__ inline void load_where(bool wanted, const void* from, uint4& to) {
+  asm("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w)
+      : "l"(from), "r"(static_cast<std::uint32_t>(wanted)));
+}
+
+__device__ inline float load_float(std::uint32_t shared_address) {
+  float value;
+  asm("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(shared_address));
+  return value;
+}
 __device__ inline float2 load_pair(std::uint32_t shared_address) {
   float2 pair;
   asm("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(shared_address));
@@ -248,71 +289,145 @@ __device__ inline void mma(float (&d)[4], const uint4& a, std::uint32_t b0, std:
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-// A run as stored.
-struct CodebookRun {
-  uint4 codes;
-  std::uint32_t absmax;  // the 8-bit code, or the float's bits
+// A warp's place in its block's work: tile n of the block (tile blockIdx.x + n gridDim.x of the
+// launch) and a piece of its rows. The pieces of all tiles are dealt to the warps in turn.
+struct CodebookPlace {
+  int n, piece;
+  int call;  // of tile n
+
+  __device__ void advance(const CodebookPlan& plan) {
+    n += plan.step_tiles;
+    piece += plan.step_pieces;
+    if (piece >= plan.row_pieces) {
+      piece -= plan.row_pieces;
+      ++n;
+    }
+  }
+};
+
+// What a lane has of a step, as stored.
+struct CodebookStep {
+  uint4 codes[2];
+  std::uint32_t absmax;  // of the 64 channels at run 2 q: the 8-bit code, or the float's bits
   float scale;           // of the code's group
 };
 
-// The runs that a lane loads, one after another: its warp's chunks of a tile, then those of its
-// next tile.
+// Where a lane finds its codes of a piece.
 template <bool kDoubleQuant>
-struct CodebookCursor {
-  const Calls<CodebookDecoder>& p;
-  int tiles, row_runs, stride, warp, line, quarter;
-  int tile, run, call, first_run;
+struct CodebookSource {
+  const CodebookDecoder& decoder;
+  std::uint32_t first_run;  // of the tensor
+  int runs;                 // to the end of the row
 
-  __device__ void enter(int next_tile) {
-    tile = next_tile;
-    run = warp * kChunkRuns + quarter;
-    if (warp * kChunkRuns >= row_runs) tile = tiles;
-    if (tile >= tiles) return;
-    call = p.call_of(tile);
-    // Past the last row it is read again, and not stored.
-    const int row = min((tile - p.first[call]) * kTileRows + line,
-                        static_cast<int>(p.calls[call].result.outputs) - 1);
-    first_run = row * row_runs;
-  }
-  __device__ void load(CodebookRun& to) {
-    if (tile >= tiles) return;
-    const CodebookDecoder& decoder = p.calls[call].decoder;
-    // Past the last channel a lane reads the row's last run; see `inside` in the kernel.
-    const int at = first_run + min(run, row_runs - 1);
-    const int block = at >> (decoder.absmax.block_shift - 5);
+  __device__ void load(int step, int quarter, CodebookStep& to) const {
+    const AbsmaxReader& absmax = decoder.absmax;
+    // Past the end of a row its last codes are read again, and scaled by zero.
+    const std::uint32_t block =
+        (first_run / 2 +
+         static_cast<std::uint32_t>(min(step * kStepRuns / 2 + quarter, runs / 2 - 1))) >>
+        (absmax.block_shift - 6);
     if constexpr (kDoubleQuant) {
-      to.absmax = load_u8(decoder.absmax.absmax + block);
-      to.scale = __ldg(decoder.absmax.scale + (block >> 8));
+      to.absmax = load_u8(absmax.absmax + block);
+      to.scale = __ldg(absmax.scale + (block >> 8));
     } else {
-      to.absmax = __ldg(reinterpret_cast<const std::uint32_t*>(decoder.absmax.absmax) + block);
+      to.absmax = __ldg(reinterpret_cast<const std::uint32_t*>(absmax.absmax) + block);
     }
-    to.codes = load_once(reinterpret_cast<const uint4*>(decoder.codes) + at);
-    run += kTileWarps * kChunkRuns;
-    if (run - quarter >= row_runs) enter(tile + stride);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const std::uint32_t run =
+          first_run + static_cast<std::uint32_t>(min(step * kStepRuns + 4 * h + quarter, runs - 1));
+      to.codes[h] = load_once(reinterpret_cast<const uint4*>(decoder.codes) + run);
+    }
   }
 };
 
-template <bool kDoubleQuant>
-__global__ void __launch_bounds__(kCodebookThreads, kBlocksPerProcessor)
-    codebook_kernel(const __grid_constant__ Calls<CodebookDecoder> p,
+// Brings a tile's rows of b nearer, for low_rank_tile to find them later.
+__device__ inline void prefetch_low_rank(const Calls<CodebookDecoder>& p, int tile, int lane) {
+  const int c = p.call_of(tile);
+  const Result& result = p.calls[c].result;
+  const std::int64_t row0 = (tile - p.first[c]) * kTileRows;
+  const std::int64_t row_bytes = result.rank * (result.b_is_bf16 ? 2 : 4);
+  const std::int64_t bytes = min(result.outputs - row0, std::int64_t{kTileRows}) * row_bytes;
+  const auto* at = static_cast<const std::uint8_t*>(result.b) + row0 * row_bytes;
+#pragma unroll 1
+  for (std::int64_t i = lane * kSector; i < bytes; i += kWarp * kSector) {
+    asm volatile("prefetch.global.L2 [%0];" : : "l"(at + i));
+  }
+}
+
+// sum_j u[t, j] b[row, j] to to[t * kTileRows + row] for the rows of a tile, by a warp: 4 lanes a
+// row.
+template <int kTokens>
+__device__ inline void low_rank_tile(const Calls<CodebookDecoder>& p, int tile, int lane,
+                                     float* to) {
+  const int c = p.call_of(tile), line = lane / 4, quarter = lane % 4;
+  const Result& result = p.calls[c].result;
+  if (result.rank == 0) return;
+  // Past the last row it is read again, and not stored.
+  const std::int64_t row =
+      min(static_cast<std::int64_t>((tile - p.first[c]) * kTileRows + line), result.outputs - 1);
+  const auto* u = static_cast<const bf16*>(result.u);
+  float sums[kTokens]{};
+#pragma unroll 4
+  for (std::int64_t j = quarter; j < result.rank; j += 4) {
+    const float b = result.b_value<bf16>(row * result.rank + j);
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      if (t < p.m) sums[t] = fmaf(to_float(u[t * result.rank + j]), b, sums[t]);
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    sums[t] += __shfl_xor_sync(~0u, sums[t], 1);
+    sums[t] += __shfl_xor_sync(~0u, sums[t], 2);
+    if (quarter == 0 && t < p.m) to[t * kTileRows + line] = sums[t];
+  }
+}
+
+// kTokens: 1, 4 or 8, the least that m fits in. The left factor of a product has run q of the 8
+// rows of W in its rows 0 to 7 and run 4 + q in its rows 8 to 15; they meet different channels of
+// x, in different columns of the right factor or in two products. Of a run the four words, 8
+// channels each, have sums of their own. For one token the 8 columns are the words of both runs' x,
+// so that one load serves a step; 4 tokens have two columns each, 8 have two products. What parts
+// that do not belong together give is not read.
+template <bool kDoubleQuant, int kTokens>
+__global__ void __launch_bounds__(kCodebookThreads, blocks_per_processor(kTokens))
+    codebook_kernel(const __grid_constant__ Calls<CodebookDecoder> p, const CodebookPlan plan,
                     const __grid_constant__ CodebookTables tables) {
+  constexpr bool kWide = kTokens > 4;
+  constexpr int kProducts = kWide ? 2 : 1;
   extern __shared__ __align__(256) std::uint8_t memory[];
   auto& shared = *reinterpret_cast<CodebookShared*>(memory);
-  const int lane = threadIdx.x % kWarp;
-  const int group = threadIdx.x / (kTileWarps * kWarp);
-  const int warp = threadIdx.x / kWarp % kTileWarps;
-  const int line = lane / 4, quarter = lane % 4;
-  const int row_runs = static_cast<int>(p.cols / kRun);
-  const int tiles = p.first[p.count], stride = static_cast<int>(gridDim.x) * kTilesPerBlock;
-  const int first_tile = static_cast<int>(blockIdx.x + gridDim.x * group);
-  CodebookCursor<kDoubleQuant> cursor{p, tiles, row_runs, stride, warp, line, quarter, 0, 0, 0, 0};
-  cursor.enter(first_tile);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  int line = lane / 4, quarter = lane % 4;
+  // Kept in registers: left alone the compiler works them out again in the loop.
+  asm volatile("" : "+r"(line), "+r"(quarter));
+  const int row_runs = plan.row_runs;
+  const int grid = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+  const int block_tiles = (p.first[kMaxCalls] - block + grid - 1) / grid;
 
-  // Two chunks are under way at any time, also while the tables are built. They are used in turn,
-  // not moved from one place to the other, since a move would wait for its load.
-  CodebookRun even{}, odd{};
-  cursor.load(even);
-  cursor.load(odd);
+  const auto source_of = [&](CodebookPlace& at) {
+    const int tile = block + at.n * grid;
+    const int c = at.call = p.call_of(tile);
+    // Past the last row it is read again, and not stored. Past the last tile nothing is read.
+    const int row = min((tile - p.first[c]) * kTileRows + line,
+                        static_cast<int>(p.calls[c].result.outputs) - 1);
+    return CodebookSource<kDoubleQuant>{
+        p.calls[c].decoder, static_cast<std::uint32_t>(row * row_runs + at.piece * kPieceRuns),
+        row_runs - at.piece * kPieceRuns};
+  };
+  CodebookPlace next{warp / plan.row_pieces, warp % plan.row_pieces, 0};
+  CodebookStep steps[kPieceSteps]{};
+  if (next.n < block_tiles) {
+    const auto source = source_of(next);
+#pragma unroll
+    for (int s = 0; s < kPieceSteps; ++s) {
+      if (s * kStepRuns < source.runs) source.load(s, quarter, steps[s]);
+    }
+  }
+  CodebookPlace now = next;
+  admit_successor();
+
   for (int i = threadIdx.x; i < 256 * 8; i += kCodebookThreads) {
     const float high = tables.values[i / 8 >> 4], low = tables.values[i / 8 & 15];
     reinterpret_cast<float4*>(shared.pairs[i / 8])[i % 8] = make_float4(high, low, high, low);
@@ -324,100 +439,159 @@ __global__ void __launch_bounds__(kCodebookThreads, kBlocksPerProcessor)
       reinterpret_cast<float4*>(shared.maps[i / 64])[i % 64] =
           reinterpret_cast<const float4*>(custom != nullptr ? custom : usual)[i % 64];
     }
+    if (threadIdx.x < p.count) {
+      shared.offsets[threadIdx.x] = __ldg(p.calls[threadIdx.x].decoder.absmax.offset);
+    }
   }
   __syncthreads();
+  wait_for_predecessor();
+
   auto lane_pairs =
       static_cast<std::uint32_t>(__cvta_generic_to_shared(&shared.pairs[0][lane % 16]));
   static_assert(sizeof(shared.pairs[0]) == 128);
-  // Lines past m have no token, and load none: a load costs by the lanes that take part.
-  const bool has_token = line < p.m;
-  const auto* x = static_cast<const bf16*>(p.x) + (has_token ? line : 0) * p.cols;
-  // Kept in registers: left alone the compiler works them out again in the loop. It also keeps the
-  // loads from the table behind the barrier.
-  asm volatile("" : "+r"(lane_pairs), "+l"(x));
+  const int token = line % kTokens, column_half = line / 4;
+  const bool has_token = kTokens == 1 || token < p.m;
+  const uint4* x = reinterpret_cast<const uint4*>(static_cast<const bf16*>(p.x) +
+                                                  (has_token ? token : 0) * p.cols) +
+                   (kTokens == 1 ? line % 4 : 0);
+  auto maps = static_cast<std::uint32_t>(__cvta_generic_to_shared(&shared.maps[0][0]));
+  // This also keeps the loads of x and from the tables behind the waits.
+  asm volatile("" : "+r"(lane_pairs), "+r"(maps), "+l"(x));
 
-  // The tile in work.
-  int tile = first_tile, turn = 0, c = 0, row = 0, i = 0;
-  float offset = 0;
-  // A register quad of x, channels 0 to 7, is an operand a as it is: channels {0, 1, 4, 5} lie in
-  // its rows 0 to 7 and {2, 3, 6, 7} in its rows 8 to 15. The weights of the former meet it in
-  // `upper`, whose rows 0 to 7 are wanted, those of the latter in `lower`, whose rows 8 to 15 are;
-  // the other halves are never read.
-  float upper[4], lower[4];
-
-  const auto begin_tile = [&] {
-    c = p.call_of(tile);
-    const auto& call = p.calls[c];
-    row = (tile - p.first[c]) * kTileRows + warp;
-    i = warp * kChunkRuns + quarter;
-    if constexpr (kDoubleQuant) offset = __ldg(call.decoder.absmax.offset);
-    prefetch_low_rank(call.result, row, lane);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) upper[k] = lower[k] = 0;
-  };
-  const auto end_tile = [&] {
-    const Result& result = p.calls[c].result;
-    auto& partial = shared.partial[turn][group];
-    partial[warp][line][2 * quarter] = upper[0] + lower[2];
-    partial[warp][line][2 * quarter + 1] = upper[1] + lower[3];
-    // The two tiles of a block go their own ways.
-    asm volatile("bar.sync %0, %1;" : : "r"(1 + group), "r"(kTileWarps * kWarp) : "memory");
-    if (row < result.outputs) {
-      // Warp w has row w of the tile, lane t token t.
-      float low = 0;
-      if (result.rank > 0) {
-        float lows[kMaxRows];
-        low_rank<bf16>(result, row, p.m, lane, lows);
-#pragma unroll
-        for (int t = 0; t < kMaxRows; ++t) low = lane == t ? lows[t] : low;
-      }
-      float sum = 0;
-#pragma unroll
-      for (int w = 0; w < kTileWarps; ++w) sum += partial[w][lane % kMaxRows][warp];
-      if (lane < p.m) result.store(lane, row, sum, low);
+  float sums[kProducts][4][4];  // of each word
+  // Two of each in turn.
+  constexpr int kTurns = kTokens == 1 ? 1 : 2;
+  uint4 factors[kTurns][kProducts]{};
+  const auto multiply = [&](const CodebookStep& step, int c, int run0) {
+    float absmax = __uint_as_float(step.absmax);
+    if constexpr (kDoubleQuant) {
+      const float centered =
+          load_float(maps + c * sizeof(shared.maps[0]) + step.absmax * sizeof(float));
+      absmax = __fadd_rn(__fmul_rn(centered, step.scale), shared.offsets[c]);
     }
-    tile += stride;
-    turn ^= 1;
-  };
-  const auto multiply = [&](CodebookRun& slot) {
-    const CodebookRun run = slot;
-    cursor.load(slot);
-    const float absmax = kDoubleQuant
-                             ? __fadd_rn(__fmul_rn(shared.maps[c][run.absmax], run.scale), offset)
-                             : __uint_as_float(run.absmax);
-    const bool inside = i < row_runs;
-    const float scale = inside ? absmax : 0;
-    const auto* channels = reinterpret_cast<const uint4*>(x) + 4 * min(i, row_runs - 1);
-    const std::uint32_t words[4] = {run.codes.x, run.codes.y, run.codes.z, run.codes.w};
+    if (run0 + 2 * quarter >= row_runs) absmax = 0;
+    const float scale0 = __shfl_sync(~0u, absmax, quarter / 2, 4);
+    const float scale1 = __shfl_sync(~0u, absmax, 2 + quarter / 2, 4);
+    const uint4* channels[kProducts];
+#pragma unroll
+    for (int h = 0; h < kProducts; ++h) {
+      const int run = run0 + quarter + 4 * (kWide ? h : column_half);
+      channels[h] = x + 4 * min(run, row_runs - 1);
+      if constexpr (kTokens == 1) {
+        factors[0][h] = *channels[h];
+      } else {
+        load_where(has_token, channels[h], factors[0][h]);
+      }
+    }
+    const std::uint32_t words0[4] = {step.codes[0].x, step.codes[0].y, step.codes[0].z,
+                                     step.codes[0].w};
+    const std::uint32_t words1[4] = {step.codes[1].x, step.codes[1].y, step.codes[1].z,
+                                     step.codes[1].w};
+    const auto decoded = [&](std::uint32_t word, int k, float scale) {
+      const float2 pair = load_pair(__dp4a(word, 128u << 8 * k, lane_pairs));
+      const __nv_bfloat162 w =
+          __floats2bfloat162_rn(__fmul_rn(pair.x, scale), __fmul_rn(pair.y, scale));
+      return *reinterpret_cast<const std::uint32_t*>(&w);
+    };
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      uint4 a = make_uint4(0, 0, 0, 0);
-      if (has_token) a = __ldg(channels + j);
-      std::uint32_t b[4];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const float2 pair = load_pair(__dp4a(words[j], 128u << 8 * k, lane_pairs));
-        const __nv_bfloat162 w =
-            __floats2bfloat162_rn(__fmul_rn(pair.x, scale), __fmul_rn(pair.y, scale));
-        b[k] = *reinterpret_cast<const std::uint32_t*>(&w);
+      for (int h = 0; h < kProducts; ++h) {
+        if (kTokens > 1 && j < 3)
+          load_where(has_token, channels[h] + j + 1, factors[(j + 1) % kTurns][h]);
       }
-      mma(upper, a, b[0], b[2]);
-      mma(lower, a, b[1], b[3]);
+#pragma unroll
+      for (int k = 0; k < 4; k += 2) {
+        const uint4 a =
+            make_uint4(decoded(words0[j], k, scale0), decoded(words1[j], k, scale1),
+                       decoded(words0[j], k + 1, scale0), decoded(words1[j], k + 1, scale1));
+#pragma unroll
+        for (int h = 0; h < kProducts; ++h) {
+          const uint4& b = factors[j % kTurns][h];
+          mma(sums[h][j], a, k == 0 ? b.x : b.z, k == 0 ? b.y : b.w);
+        }
+      }
     }
-    i += kTileWarps * kChunkRuns;
   };
-  // A chunk, when this warp has one left, and what follows the tile's last.
-  const auto step = [&](CodebookRun& slot) {
-    if (i - quarter < row_runs) multiply(slot);
-    if (i - quarter < row_runs) return true;
-    end_tile();
-    if (tile >= tiles) return false;
-    begin_tile();
-    return true;
+  // Partial sums of piece `piece` of the round's tile n, rows 0 to 7.
+  const int tile_partials = (plan.row_pieces + 1) * p.m * kTileRows;
+  const auto partial = [&](int n, int piece, int t) {
+    return shared.partials + n * tile_partials + (piece * p.m + t) * kTileRows;
   };
-  if (tile >= tiles) return;
-  begin_tile();
-  while (step(even) && step(odd)) {
+
+#pragma unroll 1
+  for (int begin = 0; begin < block_tiles; begin += plan.round_tiles) {
+    const int end = min(begin + plan.round_tiles, block_tiles);
+#pragma unroll 1
+    for (int n = begin + kCodebookWarps - 1 - warp; n < end; n += kCodebookWarps) {
+      prefetch_low_rank(p, block + n * grid, lane);
+    }
+#pragma unroll 1
+    while (now.n < end) {
+      const int run0 = now.piece * kPieceRuns;
+      next.advance(plan);
+      const bool more = next.n < block_tiles;
+      const auto source = source_of(next);
+#pragma unroll
+      for (int h = 0; h < kProducts; ++h) {
+#pragma unroll
+        for (int j = 0; j < 16; ++j) sums[h][j / 4][j % 4] = 0;
+      }
+#pragma unroll
+      for (int s = 0; s < kPieceSteps; ++s) {
+        if (run0 + s * kStepRuns < row_runs) multiply(steps[s], now.call, run0 + s * kStepRuns);
+        if (more && s * kStepRuns < source.runs) source.load(s, quarter, steps[s]);
+      }
+      // Lane q has columns 2 q and 2 q + 1 of row `line` (0, 1) and of the row 8 further down.
+      // Words 0 and 1, words 2 and 3, these two, and the runs are added in this order.
+      const auto total = [&](int h, int k) {
+        const auto& of = sums[h];
+        return (of[0][k] + of[1][k]) + (of[2][k] + of[3][k]);
+      };
+      float first, second = 0;
+      if constexpr (kTokens == 1) {
+        const auto& of = sums[0];
+        const float low = quarter < 2 ? of[0][0] + of[1][1] : of[0][2] + of[1][3];
+        const float high = quarter < 2 ? of[2][0] + of[3][1] : of[2][2] + of[3][3];
+        first = quarter % 2 == 0 ? low : high;
+        first += __shfl_xor_sync(~0u, first, 1);
+        first += __shfl_xor_sync(~0u, first, 2);
+      } else if constexpr (kTokens == 4) {
+        first = quarter < 2 ? total(0, 0) : total(0, 2);
+        second = quarter < 2 ? total(0, 1) : total(0, 3);
+        first += __shfl_xor_sync(~0u, first, 2);
+        second += __shfl_xor_sync(~0u, second, 2);
+      } else {
+        first = total(0, 0) + total(1, 2);
+        second = total(0, 1) + total(1, 3);
+      }
+      if (2 * quarter < kTokens) {
+        float* to = partial(now.n - begin, now.piece, 2 * quarter) + line;
+        if (2 * quarter < p.m) to[0] = first;
+        if (2 * quarter + 1 < p.m) to[kTileRows] = second;
+      }
+      now = next;
+    }
+#pragma unroll 1
+    for (int n = begin + kCodebookWarps - 1 - warp; n < end; n += kCodebookWarps) {
+      low_rank_tile<kTokens>(p, block + n * grid, lane, partial(n - begin, plan.row_pieces, 0));
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < (end - begin) * p.m * kTileRows; i += kCodebookThreads) {
+      const int t = i / kTileRows % p.m, n = i / kTileRows / p.m;
+      const int tile = block + (begin + n) * grid;
+      const int c = p.call_of(tile);
+      const int row = (tile - p.first[c]) * kTileRows + i % kTileRows;
+      const float* from = partial(n, 0, t) + i % kTileRows;
+      const int pitch = p.m * kTileRows;
+      float sum = 0;
+#pragma unroll 8
+      for (int piece = 0; piece < plan.row_pieces; ++piece) sum += from[piece * pitch];
+      const Result& result = p.calls[c].result;
+      if (row < result.outputs) result.store(t, row, sum, from[plan.row_pieces * pitch]);
+    }
+    __syncthreads();
   }
 }
 
@@ -458,6 +632,7 @@ Calls<Decoder> collect(const MatVec* calls, int count, unsigned chosen, std::int
     p.cols = call.weight.shape.cols();
     p.x = call.x;
   }
+  for (int c = p.count; c < kMaxCalls; ++c) p.first[c + 1] = p.first[p.count];
   return p;
 }
 
@@ -473,39 +648,80 @@ void launch_rows(const MatVec* calls, int count, unsigned chosen, DType dtype,
   launched("matvec");
 }
 
+// Whether device code knows how to wait for the kernel before it.
+template <class F>
+bool can_start_early(F* kernel) {
+  static_assert(std::is_function_v<F>);
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, kernel), "matvec");
+  return attributes.ptxVersion >= 90;
+}
+
+template <bool kDoubleQuant, int kTokens>
 void launch_codebook(const MatVec* calls, int count, unsigned chosen, DType dtype,
                      const Launch& launch) {
   const auto p = collect<CodebookDecoder>(calls, count, chosen, kTileRows);
-  const bool double_quant = calls[std::countr_zero(chosen)].weight.quant.double_quant;
-  const auto kernel = double_quant ? codebook_kernel<true> : codebook_kernel<false>;
   const int tiles = p.first[p.count];
   if (tiles == 0) return;
+  constexpr auto* kernel = codebook_kernel<kDoubleQuant, kTokens>;
+  static const bool early = can_start_early(kernel);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              sizeof(CodebookShared)),
         "matvec");
-  const int blocks = std::min(tiles, kBlocksPerProcessor * launch.card->multiprocessors);
-  kernel<<<blocks, kCodebookThreads, sizeof(CodebookShared), launch.stream>>>(
-      p, tables_of<CodebookTables>(dtype));
-  launched("matvec");
+  CodebookPlan plan{};
+  plan.row_runs = static_cast<int>(p.cols / kRun);
+  plan.row_pieces = static_cast<int>(ceil_div(plan.row_runs, kPieceRuns));
+  plan.step_tiles = kCodebookWarps / plan.row_pieces;
+  plan.step_pieces = kCodebookWarps % plan.row_pieces;
+  plan.round_tiles = kPartials / ((plan.row_pieces + 1) * p.m * kTileRows);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(
+      std::min(tiles, blocks_per_processor(kTokens) * launch.card->multiprocessors)));
+  config.blockDim = dim3(kCodebookThreads);
+  config.dynamicSmemBytes = sizeof(CodebookShared);
+  config.stream = launch.stream;
+  config.attrs = &attribute;
+  config.numAttrs = early && launch.card->capability >= 90 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, p, plan, tables_of<CodebookTables>(dtype)), "matvec");
 }
 
-// The chosen calls: one storage type.
+// Calls of one weight dtype and one route share a launch.
+enum class Route { rows, codebook, codebook_double_quant };
+
+Route route(const MatVec& call) {
+  constexpr int kPieces = kPartials / (kMaxRows * kTileRows) - 1;
+  const TensorType& weight = call.weight;
+  const std::int64_t cols = weight.shape.cols();
+  // 64 channels, the share of a lane in a step, have one absmax.
+  const bool fits = weight.quant.block >= 2 * kRun && cols % (2 * kRun) == 0 &&
+                    cols <= kRun * kPieceRuns * kPieces;
+  if (!is_codebook(weight.dtype) || call.dtype != DType::BF16 || !fits) return Route::rows;
+  return weight.quant.double_quant ? Route::codebook_double_quant : Route::codebook;
+}
+
+// The chosen calls: one dtype and route.
 void run_alike(const MatVec* calls, int count, unsigned chosen, const Launch& launch) {
   const MatVec& first = calls[std::countr_zero(chosen)];
   const DType stored = first.weight.dtype;
-  if (is_codebook(stored) && first.dtype == DType::BF16) {
-    return launch_codebook(calls, count, chosen, stored, launch);
+  if (const Route taken = route(first); taken != Route::rows) {
+    const bool double_quant = taken == Route::codebook_double_quant;
+    const auto start =
+        first.m == 1   ? (double_quant ? launch_codebook<true, 1> : launch_codebook<false, 1>)
+        : first.m <= 4 ? (double_quant ? launch_codebook<true, 4> : launch_codebook<false, 4>)
+                       : (double_quant ? launch_codebook<true, 8> : launch_codebook<false, 8>);
+    return start(calls, count, chosen, stored, launch);
   }
   with_decoder(first.weight, first.w, [&](auto decoder) {
     using Decoder = decltype(decoder);
     with_type(first.dtype, [&](auto zero) {
       using T = decltype(zero);
-      if constexpr (!(std::is_same_v<Decoder, CodebookDecoder> && std::is_same_v<T, bf16>)) {
-        if (first.m == 1) {
-          launch_rows<Decoder, T, 1>(calls, count, chosen, stored, launch);
-        } else {
-          launch_rows<Decoder, T, kMaxRows>(calls, count, chosen, stored, launch);
-        }
+      if (first.m == 1) {
+        launch_rows<Decoder, T, 1>(calls, count, chosen, stored, launch);
+      } else {
+        launch_rows<Decoder, T, kMaxRows>(calls, count, chosen, stored, launch);
       }
     });
   });
@@ -532,9 +748,7 @@ void matvec_group(const MatVec* calls, int count, const Launch& launch) {
     unsigned alike = 0;
     for (int i = first; i < count; ++i) {
       const TensorType &weight = calls[i].weight, &other = calls[first].weight;
-      const bool same =
-          weight.dtype == other.dtype &&
-          (!is_codebook(weight.dtype) || weight.quant.double_quant == other.quant.double_quant);
+      const bool same = weight.dtype == other.dtype && route(calls[i]) == route(calls[first]);
       if (same && (left >> i & 1) != 0) alike |= 1u << i;
     }
     run_alike(calls, count, alike, launch);
