@@ -149,6 +149,18 @@ Tensor linear_cross_entropy(Tensor x, Tensor w, Tensor labels, Tensor loss_rows,
 Tensor linear_cross_entropy_dw(Tensor acc, Tensor x, Tensor w, Tensor labels, Tensor loss_rows,
                                Tensor dloss);
 
+// -- Generation --------------------------------------------------------------------------------
+
+struct ChooseTokenParams {
+  double temperature = 0;  // 0: the most likely token
+  double top_p = 1, min_p = 0;
+  std::int64_t top_k = 0;  // 0: all
+};
+// The next token from logits, stat [1, V]; rng: I64 [2] = {key, number of the draw}. Outputs: 0 the
+// id, I32 [1], -1 when a logit is not finite; 1 its log-probability under the unmodified
+// distribution, natural log, stat [1].
+Tensor choose_token(Tensor logits, Tensor rng, const ChooseTokenParams& params);
+
 // -- Optimizer ---------------------------------------------------------------------------------
 
 // acc[0] += sum of (x * x) over all elements, in blocks of 4096 elements, each summed in F64.

@@ -29,6 +29,17 @@ inline float uniform(std::uint32_t bits) {
   return (static_cast<float>(bits >> 8) + 0.5f) * 0x1p-24f;
 }
 
+// floor(r * n / 2^53) for r < 2^53: a number below n from 53 random bits.
+inline std::uint64_t multiply_shift(std::uint64_t r, std::uint64_t n) {
+  const std::uint64_t r_high = r >> 32, r_low = r & 0xffffffffu;
+  const std::uint64_t n_high = n >> 32, n_low = n & 0xffffffffu;
+  const std::uint64_t low = r_low * n_low;
+  const std::uint64_t middle = r_high * n_low + (low >> 32);
+  const std::uint64_t cross = r_low * n_high + (middle & 0xffffffffu);
+  const std::uint64_t high = r_high * n_high + (middle >> 32) + (cross >> 32);  // bits 64 and up
+  return (high << 11) | ((cross & 0xffffffffu) >> 21);                          // product >> 53
+}
+
 // Standard normal number `index` of the stream (key, stream): Box-Muller on one philox block.
 inline float philox_normal(std::uint64_t key, std::uint64_t stream, std::uint64_t index) {
   const std::uint64_t pair = index / 2;

@@ -1,10 +1,11 @@
 #include "models/generate.h"
 
 #include <algorithm>
-#include <cmath>
+#include <array>
 #include <numeric>
 
 #include "engine/error.h"
+#include "engine/ops.h"
 #include "engine/os.h"
 #include "engine/philox.h"
 
@@ -14,51 +15,14 @@ namespace {
 constexpr std::int64_t kPromptRows = 64;  // rows of a prompt chunk
 constexpr std::uint64_t kSampleStream = hash_name("sampling");
 
-float log_sum_exp(std::span<const float> logits) {
-  const float most = *std::max_element(logits.begin(), logits.end());
-  double sum = 0;
-  for (const float l : logits) sum += std::exp(static_cast<double>(l - most));
-  return most + static_cast<float>(std::log(sum));
-}
-
-// Keeps the candidates that top-k, min-p and top-p leave, most likely first.
-std::vector<std::pair<double, std::int32_t>> candidates(std::span<const float> logits,
-                                                        const SampleOptions& options) {
-  std::vector<std::int32_t> order(logits.size());
-  std::iota(order.begin(), order.end(), 0);
-  const auto more_likely = [&](std::int32_t a, std::int32_t b) {
-    const float la = logits[static_cast<std::size_t>(a)], lb = logits[static_cast<std::size_t>(b)];
-    return la != lb ? la > lb : a < b;
-  };
-  std::size_t count = order.size();
-  if (options.top_k > 0) count = std::min(count, static_cast<std::size_t>(options.top_k));
-  std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(count), order.end(),
-                    more_likely);
-  std::vector<std::pair<double, std::int32_t>> kept;
-  const double most = logits[static_cast<std::size_t>(order[0])];
-  double total = 0;
-  for (std::size_t i = 0; i < count; ++i) {
-    const double l = logits[static_cast<std::size_t>(order[i])];
-    kept.push_back({std::exp((l - most) / options.temperature), order[i]});
-    total += kept.back().first;
-  }
-  double sum = 0;
-  std::size_t end = 0;
-  while (end < kept.size()) {
-    if (end > 0 && (kept[end].first < options.min_p || sum >= options.top_p * total)) break;
-    sum += kept[end++].first;
-  }
-  kept.resize(end);
-  return kept;
-}
-
 }  // namespace
 
 Decoder::Decoder(Runtime& runtime, const Model& model, DType compute, std::int64_t context,
-                 std::int64_t vocab)
+                 std::int64_t vocab, const SampleOptions& sample)
     : runtime_(runtime),
       compute_(compute),
       context_(context),
+      sample_(sample),
       prompt_(add_program(model, kPromptRows)),
       token_(add_program(model, 1)),
       logits_(static_cast<std::size_t>(vocab)) {}
@@ -73,8 +37,19 @@ Decoder::Program Decoder::add_program(const Model& model, std::int64_t rows) con
   in.last = graph->input("decode.last", {DType::I32, {1}, {}});
   // A padded chunk may write past the last real row: the cache has room for that.
   const Tensor logits = model.build_logits(*graph, in, context_ + kPromptRows);
+  const Tensor id = choose_token(logits, graph->input("decode.rng", {DType::I64, {2}, {}}),
+                                 {.temperature = sample_.temperature,
+                                  .top_p = sample_.top_p,
+                                  .min_p = sample_.min_p,
+                                  .top_k = sample_.top_k});
   graph->keep(logits);
-  return {rows, runtime_.add(std::move(graph)), {logits.node, logits.output}};
+  graph->keep(id);
+  graph->keep(graph->output_of(id, 1));
+  return {rows,
+          runtime_.add(std::move(graph)),
+          {logits.node, logits.output},
+          {id.node, 0},
+          {id.node, 1}};
 }
 
 void Decoder::run(const Program& program, std::span<const std::int32_t> tokens) {
@@ -93,7 +68,7 @@ void Decoder::run(const Program& program, std::span<const std::int32_t> tokens) 
   position_ += static_cast<std::int64_t>(tokens.size());
 }
 
-const std::vector<float>& Decoder::append(std::span<const std::int32_t> tokens) {
+const Decoder::Program& Decoder::run_all(std::span<const std::int32_t> tokens) {
   if (tokens.empty()) throw Error("there is no token to continue from: the prompt is empty");
   if (position_ + static_cast<std::int64_t>(tokens.size()) > context_) {
     throw Error("the context of " + std::to_string(context_) +
@@ -106,47 +81,39 @@ const std::vector<float>& Decoder::append(std::span<const std::int32_t> tokens) 
     run(*ran, tokens.first(count));
     tokens = tokens.subspan(count);
   }
-  const TensorType& type = runtime_.graph(ran->number).type(ran->logits);
+  return *ran;
+}
+
+const std::vector<float>& Decoder::append(std::span<const std::int32_t> tokens) {
+  const Program& ran = run_all(tokens);
+  const TensorType& type = runtime_.graph(ran.number).type(ran.logits);
   std::vector<std::byte> host(static_cast<std::size_t>(bytes(type)));
-  runtime_.read(ran->number, ran->logits, host);
+  runtime_.read(ran.number, ran.logits, host);
   const std::vector<double> wide = decode(type, host.data());
   std::copy(wide.begin(), wide.end(), logits_.begin());
   return logits_;
 }
 
-std::int32_t choose_token(std::span<const float> logits, const SampleOptions& options,
-                          std::uint64_t index, float& logprob) {
-  const auto bad =
-      std::find_if(logits.begin(), logits.end(), [](float logit) { return !std::isfinite(logit); });
-  if (bad != logits.end()) {
-    throw Error("the logit of token " + std::to_string(bad - logits.begin()) + " is " +
-                std::to_string(*bad) +
-                ", wanted a finite number; the weights or the adapter are damaged or diverged");
+Decoder::Choice Decoder::choose(std::span<const std::int32_t> tokens, std::uint64_t index) {
+  const std::array<std::int64_t, 2> rng = {static_cast<std::int64_t>(sample_.seed ^ kSampleStream),
+                                           static_cast<std::int64_t>(index)};
+  runtime_.write("decode.rng", std::span<const std::int64_t>(rng));
+  const Program& ran = run_all(tokens);
+  Choice choice{};
+  runtime_.read(ran.number, ran.id, std::as_writable_bytes(std::span(&choice.id, 1)));
+  if (choice.id < 0) {
+    throw Error(
+        "a logit is not a finite number; the weights or the adapter are damaged or diverged");
   }
-  std::int32_t chosen =
-      static_cast<std::int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
-  if (options.temperature > 0) {
-    const auto kept = candidates(logits, options);
-    double total = 0;
-    for (const auto& [weight, id] : kept) total += weight;
-    const PhiloxBlock r =
-        philox(options.seed ^ kSampleStream, {static_cast<std::uint32_t>(index), 0, 0, 0});
-    double left = static_cast<double>(uniform(r[0])) * total;
-    chosen = kept.back().second;
-    for (const auto& [weight, id] : kept) {
-      left -= weight;
-      if (left <= 0) {
-        chosen = id;
-        break;
-      }
-    }
-  }
-  logprob = logits[static_cast<std::size_t>(chosen)] - log_sum_exp(logits);
-  return chosen;
+  const TensorType& type = runtime_.graph(ran.number).type(ran.logprob);
+  std::vector<std::byte> host(static_cast<std::size_t>(bytes(type)));
+  runtime_.read(ran.number, ran.logprob, host);
+  choice.logprob = static_cast<float>(decode(type, host.data())[0]);
+  return choice;
 }
 
 Generation generate(Decoder& decoder, const Tokenizer& tokenizer,
-                    std::span<const std::int32_t> prompt, const SampleOptions& options,
+                    std::span<const std::int32_t> prompt, std::int64_t max_tokens,
                     const std::function<bool(const std::string&)>& show) {
   Generation result;
   decoder.reset();
@@ -156,21 +123,21 @@ Generation generate(Decoder& decoder, const Tokenizer& tokenizer,
     return text.empty() || !show || show(text);
   };
   const double begin = os::seconds();
-  const std::vector<float>* logits = &decoder.append(prompt);
-  result.prompt_seconds = os::seconds() - begin;
-  while (static_cast<std::int64_t>(result.ids.size()) < options.max_tokens) {
-    float logprob = 0;
-    const std::int32_t id = choose_token(*logits, options, result.ids.size(), logprob);
+  std::span<const std::int32_t> next = prompt;
+  std::int32_t id = 0;
+  while (static_cast<std::int64_t>(result.ids.size()) < max_tokens) {
+    const Decoder::Choice choice = decoder.choose(next, result.ids.size());
+    if (result.ids.empty()) result.prompt_seconds = os::seconds() - begin;
+    id = choice.id;
+    next = {&id, 1};
     result.ids.push_back(id);
-    result.logprobs.push_back(logprob);
+    result.logprobs.push_back(choice.logprob);
     if (tokenizer.is_end(id)) {
       result.ended = true;
       break;
     }
     if (!emit(stream.push(id))) break;
     if (decoder.position() == decoder.context()) break;
-    if (static_cast<std::int64_t>(result.ids.size()) == options.max_tokens) break;
-    logits = &decoder.append({&id, 1});
   }
   emit(stream.finish());
   result.seconds = os::seconds() - begin - result.prompt_seconds;

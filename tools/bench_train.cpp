@@ -265,16 +265,16 @@ int bench_decode(const BenchRequest& r, std::ostream& out, std::ostream&) {
   for (std::int64_t i = 0; i < r.prompt; ++i) {
     prompt.push_back(static_cast<std::int32_t>(i % s.loaded->config().vocab));
   }
-  s.decoder->append({prompt.data(), 1});  // a GPU records its programs
-  s.decoder->append({prompt.data(), 1});
+  s.decoder->choose({prompt.data(), 1}, 0);  // a GPU records its programs
+  s.decoder->choose({prompt.data(), 1}, 0);
   s.decoder->reset();
   double begin = os::seconds();
-  s.decoder->append(prompt);
+  s.decoder->choose(prompt, 0);
   const double prompt_seconds = os::seconds() - begin;
   std::vector<double> seconds;
   for (std::int64_t i = 0; i < r.tokens; ++i) {
     begin = os::seconds();
-    s.decoder->append({prompt.data(), 1});
+    s.decoder->choose({prompt.data(), 1}, static_cast<std::uint64_t>(i));
     seconds.push_back(os::seconds() - begin);
   }
   const double prompt_rate = static_cast<double>(r.prompt) / prompt_seconds;

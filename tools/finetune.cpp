@@ -164,9 +164,8 @@ class Run {
           static_cast<std::size_t>(std::find(answered, row.trained.end(), 0) - answered);
       const auto ids = std::span<const std::int32_t>(row.ids);
       if (static_cast<std::int64_t>(cut) >= s_.decoder->context()) continue;
-      SampleOptions options;
-      options.max_tokens = s_.decoder->context() - static_cast<std::int64_t>(cut);
-      const Generation g = generate(*s_.decoder, *s_.tokenizer, ids.first(cut), options);
+      const std::int64_t room = s_.decoder->context() - static_cast<std::int64_t>(cut);
+      const Generation g = generate(*s_.decoder, *s_.tokenizer, ids.first(cut), room);
       result.push_back({text_of(ids.first(cut), {}),
                         text_of(ids.subspan(cut, length), {.special = false, .continues = true}),
                         g.text});

@@ -326,7 +326,9 @@ void plan_model(FinetuneSetup& s, std::int64_t sample_context) {
       std::make_unique<Llama>(s.loaded->config(), s.loaded->types(), lora, r.method == "full");
   if (r.storage != "auto") return plan_rung(s, r.storage, sample_context);
   // From the fastest rung to the leanest: the first that fits the cap, or the machine.
-  const std::int64_t machine = s.backend->info().memory_bytes / 10 * 8;
+  const BackendInfo info = s.backend->info();
+  // Main memory is shared with everything else; a card's is what was free.
+  const std::int64_t machine = is_cuda(info) ? info.memory_bytes : info.memory_bytes / 10 * 8;
   for (const char* rung : {"store", "cheap", "block"}) {
     plan_rung(s, rung, sample_context);
     const std::int64_t budget = r.memory.empty() ? machine : s.fit.budget_bytes;

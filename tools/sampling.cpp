@@ -140,7 +140,7 @@ class Session {
           static_cast<long long>(context), static_cast<long long>(most));
     }
     decoder_ = std::make_unique<Decoder>(trainer_->runtime(), *model_, options.compute, context,
-                                         loaded_->config().vocab);
+                                         loaded_->config().vocab, r.sample);
     loaded_->reserve(trainer_->runtime(), *model_);
     trainer_->allocate();
     loaded_->read(*backend_, {});
@@ -267,8 +267,8 @@ int generate_command(const SamplingRequest& r, std::ostream& out, std::ostream& 
     throw Error("generate needs --prompt TEXT or --prompts FILE");
   Session session(r, log);
   for (const Prompt& prompt : read_prompts(r, session.tokenizer())) {
-    const Generation g = generate(session.decoder(), session.tokenizer(), prompt.ids, r.sample,
-                                  [&](const std::string& text) {
+    const Generation g = generate(session.decoder(), session.tokenizer(), prompt.ids,
+                                  r.sample.max_tokens, [&](const std::string& text) {
                                     if (!r.json) out << text << std::flush;
                                     return !os::interrupted();
                                   });
@@ -311,8 +311,8 @@ int chat_command(const SamplingRequest& r, std::istream& in, std::ostream& out, 
       messages.pop_back();
       continue;
     }
-    const Generation g = generate(session.decoder(), session.tokenizer(), prompt->ids, r.sample,
-                                  [&](const std::string& text) {
+    const Generation g = generate(session.decoder(), session.tokenizer(), prompt->ids,
+                                  r.sample.max_tokens, [&](const std::string& text) {
                                     out << text << std::flush;
                                     return !os::interrupted();
                                   });

@@ -7,7 +7,6 @@
 #include <set>
 
 #include "engine/error.h"
-#include "models/generate.h"
 
 using namespace nibble;
 
@@ -77,19 +76,6 @@ TEST_CASE("a run too long to plan is refused before anything is allocated") {
   }
   options.epochs = 1e-12;
   CHECK(Schedule(lengths(50), options).steps() == 1);
-}
-
-TEST_CASE("logits that are not finite are refused, whatever the sampling") {
-  SampleOptions greedy, sampled;
-  sampled.temperature = 1;
-  for (const float bad :
-       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
-    std::vector<float> logits(300, 0.5f);
-    logits[7] = bad;
-    float logprob = 0;
-    CHECK_THROWS_AS(choose_token(logits, greedy, 0, logprob), Error);
-    CHECK_THROWS_AS(choose_token(logits, sampled, 0, logprob), Error);
-  }
 }
 
 TEST_CASE("rows with ids beyond the vocabulary are refused, equal rows have equal fingerprints") {
