@@ -63,6 +63,14 @@ DeviceDescription describe_device(int number) {
   return d;
 }
 
+#ifdef NIBBLE_HOPPER
+constexpr bool kHasHopperKernels = true;
+#else
+constexpr bool kHasHopperKernels = false;
+#endif
+
+__global__ void probe() {}
+
 class CudaBackend final : public Backend {
  public:
   explicit CudaBackend(const CudaOptions& options)
@@ -89,7 +97,8 @@ class CudaBackend final : public Backend {
     free_bytes_ = static_cast<std::int64_t>(free);
     card_.capability = description_.capability;
     card_.multiprocessors = description_.multiprocessors;
-    card_.hopper = description_.capability == 90 && options.hopper_kernels;
+    check_targets();
+    card_.hopper = kHasHopperKernels && description_.capability == 90 && options.hopper_kernels;
     int shared = 0;
     check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_),
           "reading the device's properties");
@@ -182,6 +191,19 @@ class CudaBackend final : public Backend {
   }
 
  private:
+  // Whether this build has code that the card can run.
+  void check_targets() const {
+    cudaFuncAttributes attributes{};
+    const cudaError_t status = cudaFuncGetAttributes(&attributes, probe);
+    if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction) {
+      const std::string number = std::to_string(description_.capability);
+      throw Unsupported("this build has no kernels for " + description_.name + " (sm_" + number +
+                        "); build with -Dgpu_targets=" + (number == "90" ? "90a" : number) +
+                        ", or use --backend cpu");
+    }
+    check(status, description_.name.c_str());
+  }
+
   void refuse_if_poisoned() const {
     if (poison_.empty()) return;
     throw DeviceError("the CUDA backend stopped after an error (" + poison_ + "); start again", 0);
