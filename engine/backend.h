@@ -69,7 +69,9 @@ class Buffer {
 // at a time.
 class Executable {
  public:
-  // Called after each node of a checked run; reading the outputs is then allowed.
+  // Called after each node of a checked run; reading the outputs is then allowed. Steps that run
+  // as one kernel are visited after it, all but the last with 0 seconds; what such a kernel keeps
+  // to itself is not there to be read.
   using Hook = std::function<void(std::int32_t node, const OpCall& call, double seconds)>;
   virtual ~Executable() = default;
   virtual void run() = 0;

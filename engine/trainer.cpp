@@ -302,7 +302,7 @@ StepResult Trainer::apply(double lr, const Executable::Hook& hook) {
   } else {
     runtime_.run(apply_);
   }
-  // The only place where a step waits for the device.
+  // The only place where a step waits for the device; the second read finds it done.
   double norm = 0;
   runtime_.read(apply_, norm_, std::as_writable_bytes(std::span<double>(&norm, 1)));
   result.grad_norm = std::sqrt(norm) / tokens;

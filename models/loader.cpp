@@ -99,9 +99,10 @@ void LoadedModel::read(Backend& backend, const Progress& progress) const {
         const std::lock_guard lock(mutex);
         backend.upload(buffer_->data() + w.offset, host);
         for (const Weight& other : weights_) {
-          if (in_block.empty() || &other == &w || block_part(other.source->name) != in_block)
-            continue;
+          if (in_block.empty() || &other == &w) continue;
+          if (block_part(other.source->name) != in_block || !(other.type == w.type)) continue;
           backend.upload(buffer_->data() + other.offset, host);
+          done += bytes(other.type);
         }
         checkpoint_->forget(*w.source);
         done += bytes(w.type);

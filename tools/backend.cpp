@@ -82,7 +82,7 @@ void add_devices_flags(CLI::App& command, DevicesRequest& request) {
 
 int devices_command(const DevicesRequest& request, std::ostream& out) {
   const auto cpu = open_backend({.name = "cpu"}, 0);
-  const cuda::Devices devices = cuda::find_cuda_devices();
+  const cuda::Devices devices = cuda::find_cuda_devices(cuda::FreeMemory::read);
   if (request.json) {
     nlohmann::ordered_json rows = nlohmann::ordered_json::array();
     rows.push_back({{"backend", "cpu"},

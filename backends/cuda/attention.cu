@@ -13,7 +13,8 @@
 // Everything else runs in F32 on ordinary cores (attention_rows.cuh), 16 queries per block.
 //
 // Limits: head_dim up to 256. span_begin[t] does not fall as t grows (documents are contiguous);
-// values outside 0 .. t are read as the nearest of these.
+// values outside 0 .. t are read as the nearest of these, but by the Hopper kernels, which want
+// none.
 #include "backends/cuda/attention.h"
 
 #include "backends/cuda/attention_mma.cuh"
@@ -373,9 +374,9 @@ std::int64_t scratch_bytes(const OpCall& call, const Card& card) {
 
 void run(const OpCall& call, const Launch& launch) {
   const Card& card = *launch.card;
-  if (card.hopper && attention_hopper_supports(call, card)) return attention_hopper(call, launch);
   const AttentionShape n(call);
   if (n.rows == 0) return;
+  if (card.hopper && attention_hopper_supports(call, card)) return attention_hopper(call, launch);
   const Args a{call.in[0],
                call.in[1],
                call.in[2],

@@ -1,7 +1,6 @@
 // Opening a device, handing out its memory, and the C symbols of libnibble-cuda.
 #include <dlfcn.h>
 
-#include <mutex>
 #include <optional>
 
 #include "backends/cuda/blas.h"
@@ -145,9 +144,13 @@ class CudaBackend final : public Backend {
                         allocated_ + bytes, limit_);
     }
     try {
+      check(cudaSetDevice(device_), "cudaSetDevice");
       return std::make_unique<DeviceBuffer>(bytes, allocated_);
     } catch (const DeviceError& e) {
-      if (e.code != static_cast<int>(cudaErrorMemoryAllocation)) throw;
+      if (e.code != static_cast<int>(cudaErrorMemoryAllocation)) {
+        poison_ = e.what();  // the fault of an earlier kernel
+        throw;
+      }
       cudaGetLastError();
       std::size_t free = 0, total = 0;
       cudaMemGetInfo(&free, &total);
@@ -270,14 +273,17 @@ std::unique_ptr<Backend> make_cuda_backend(const CudaOptions& options) {
   return std::make_unique<CudaBackend>(options);
 }
 
-std::vector<DeviceDescription> cuda_devices() {
+std::vector<DeviceDescription> cuda_devices(FreeMemory free_memory) {
   std::vector<DeviceDescription> devices;
   const int count = device_count();
   for (int i = 0; i < count; ++i) {
     DeviceDescription d = describe_device(i);
     std::size_t free = 0, total = 0;
-    if (cudaSetDevice(i) == cudaSuccess && cudaMemGetInfo(&free, &total) == cudaSuccess) {
-      d.free_bytes = static_cast<std::int64_t>(free);
+    if (free_memory == FreeMemory::read) {
+      if (cudaSetDevice(i) == cudaSuccess && cudaMemGetInfo(&free, &total) == cudaSuccess) {
+        d.free_bytes = static_cast<std::int64_t>(free);
+      }
+      cudaGetLastError();  // a card that is full or taken is no error of the others
     }
     devices.push_back(d);
   }
@@ -287,6 +293,7 @@ std::vector<DeviceDescription> cuda_devices() {
 Counters cuda_counters(int device) {
   Counters counters;
   std::size_t free = 0, total = 0;
+  check(cudaSetDevice(device), "cudaSetDevice");
   check(cudaMemGetInfo(&free, &total), "reading free memory");
   counters.device_used_bytes = static_cast<std::int64_t>(total - free);
   counters.joules = total_joules(device);
@@ -301,8 +308,8 @@ __attribute__((visibility("default"))) nibble::Backend* nibble_cuda_make_backend
   return nibble::cuda::make_cuda_backend(*options).release();
 }
 __attribute__((visibility("default"))) void nibble_cuda_list_devices(
-    std::vector<nibble::cuda::DeviceDescription>* out) {
-  *out = nibble::cuda::cuda_devices();
+    nibble::cuda::FreeMemory free_memory, std::vector<nibble::cuda::DeviceDescription>* out) {
+  *out = nibble::cuda::cuda_devices(free_memory);
 }
 __attribute__((visibility("default"))) void nibble_cuda_read_counters(int device,
                                                                       nibble::cuda::Counters* out) {

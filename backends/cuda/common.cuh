@@ -48,13 +48,6 @@ __device__ inline Pack<T> load_pack(const T* from) {
   *reinterpret_cast<uint4*>(&pack) = *reinterpret_cast<const uint4*>(from);
   return pack;
 }
-// For data that is read once: does not push other lines out of L1.
-template <class T>
-__device__ inline Pack<T> load_pack_streaming(const T* from) {
-  Pack<T> pack;
-  *reinterpret_cast<uint4*>(&pack) = __ldcs(reinterpret_cast<const uint4*>(from));
-  return pack;
-}
 template <class T>
 __device__ inline void store_pack(T* to, const Pack<T>& pack) {
   *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&pack);

@@ -21,10 +21,10 @@ struct DeviceDescription {
   std::string name;
   int capability = 0;  // 10 * major + minor
   int multiprocessors = 0;
-  std::int64_t memory_bytes = 0, free_bytes = 0;
+  std::int64_t memory_bytes = 0, free_bytes = 0;  // free: 0 when not read or not to be had
 };
 
-// What one kernel of a profiled run cost. `joules` of a whole run come from NVML.
+// What the card itself counts.
 struct Counters {
   std::int64_t device_used_bytes = 0;  // by everything on the card, the context included
   double joules = -1;                  // since some fixed moment; -1: the card does not say
@@ -34,12 +34,14 @@ struct Counters {
 // Unsupported when the device is older than sm_80. The backend serves one thread at a time. After a
 // device error every call throws: what the device holds is lost.
 std::unique_ptr<Backend> make_cuda_backend(const CudaOptions& options);
-std::vector<DeviceDescription> cuda_devices();
+// Reading free memory makes a context on every device, which takes time and memory of each.
+enum class FreeMemory { skip, read };
+std::vector<DeviceDescription> cuda_devices(FreeMemory free_memory);
 Counters cuda_counters(int device);
 
 // The C names of the functions above inside libnibble-cuda, for dlsym.
 using MakeBackend = Backend* (*)(const CudaOptions* options);
-using ListDevices = void (*)(std::vector<DeviceDescription>* out);
+using ListDevices = void (*)(FreeMemory free_memory, std::vector<DeviceDescription>* out);
 using ReadCounters = void (*)(int device, Counters* out);
 inline constexpr const char* kMakeBackendSymbol = "nibble_cuda_make_backend";
 inline constexpr const char* kListDevicesSymbol = "nibble_cuda_list_devices";

@@ -37,10 +37,10 @@ std::unique_ptr<Backend> open_cuda(const CudaOptions& options) {
   return std::unique_ptr<Backend>(symbol<MakeBackend>(kMakeBackendSymbol)(&options));
 }
 
-Devices find_cuda_devices() {
+Devices find_cuda_devices(FreeMemory free_memory) {
   Devices devices;
   try {
-    symbol<ListDevices>(kListDevicesSymbol)(&devices.list);
+    symbol<ListDevices>(kListDevicesSymbol)(free_memory, &devices.list);
   } catch (const Error& e) {
     devices.unavailable = e.what();
   }

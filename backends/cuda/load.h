@@ -15,7 +15,7 @@ struct Devices {
   std::vector<DeviceDescription> list;
   std::string unavailable;  // why the list is empty
 };
-Devices find_cuda_devices();
+Devices find_cuda_devices(FreeMemory free_memory = FreeMemory::skip);
 
 // Of an opened device.
 Counters read_cuda_counters(int device);
