@@ -227,6 +227,7 @@ __device__ void write_out(Queries& w, std::uint32_t tile, const Args& a, int hea
 
 template <int kDim, int kKeys>
 __global__ void __launch_bounds__(kThreads, 2) attend_mma(const Args a) {
+  begin_kernel();
   static_assert(shared_bytes<kDim, kKeys>() <= kSharedLimit);
   extern __shared__ __align__(1024) unsigned char shared[];
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -284,20 +285,18 @@ __global__ void __launch_bounds__(kThreads, 2) attend_mma(const Args a) {
 }
 
 template <int kDim, int kKeys>
-void launch_mma(const Args& a, cudaStream_t stream) {
+void launch_mma(const Args& a, const Launch& launch) {
   constexpr int kBytes = shared_bytes<kDim, kKeys>();
   const auto kernel = attend_mma<kDim, kKeys>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
-        "attention");
   const auto blocks = static_cast<unsigned>(ceil_div(a.rows, kQueries) * a.heads);
-  kernel<<<blocks, kThreads, kBytes, stream>>>(a);
-  launched("attention");
+  start_kernel("attention", kernel, blocks, kThreads, kBytes, launch, a);
 }
 
 // -- Any head_dim ------------------------------------------------------------------------------
 
 template <class T, int kPasses>
 __global__ void __launch_bounds__(kRowThreads) attend_rows(const Args a) {
+  begin_kernel();
   extern __shared__ __align__(16) float floats[];
   const int d = a.head_dim, width = row_stride(d);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -346,17 +345,14 @@ __global__ void __launch_bounds__(kRowThreads) attend_rows(const Args a) {
 }
 
 template <class T, int kPasses>
-void launch_rows(const Args& a, cudaStream_t stream) {
+void launch_rows(const Args& a, const Launch& launch) {
   const auto bytes_for = [](int d) {
     return (kOwned + 2 * kStreamed) * row_stride(d) * static_cast<int>(sizeof(float));
   };
   const auto kernel = attend_rows<T, kPasses>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             bytes_for(kPasses * kWarp)),
-        "attention");
   const auto blocks = static_cast<unsigned>(ceil_div(a.rows, kOwned) * a.heads);
-  kernel<<<blocks, kRowThreads, static_cast<std::size_t>(bytes_for(a.head_dim)), stream>>>(a);
-  launched("attention");
+  start_kernel("attention", kernel, blocks, kRowThreads,
+               static_cast<std::size_t>(bytes_for(a.head_dim)), launch, a);
 }
 static_assert((kOwned + 2 * kStreamed) * (kMaxHeadDim + 4) * 4 <= kSharedLimit);
 
@@ -389,12 +385,12 @@ void run(const OpCall& call, const Launch& launch) {
                static_cast<int>(n.head_dim),
                n.params.scale};
   if (attention_on_tensor_cores(call)) {
-    if (n.head_dim == 64) return launch_mma<64, 64>(a, launch.stream);
-    return launch_mma<128, 64>(a, launch.stream);
+    if (n.head_dim == 64) return launch_mma<64, 64>(a, launch);
+    return launch_mma<128, 64>(a, launch);
   }
   with_type(call.out_types[0].dtype, [&](auto element) {
     with_passes(n.head_dim, [&](auto passes) {
-      launch_rows<decltype(element), decltype(passes)::value>(a, launch.stream);
+      launch_rows<decltype(element), decltype(passes)::value>(a, launch);
     });
   });
 }

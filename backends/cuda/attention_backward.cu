@@ -41,6 +41,7 @@ constexpr int kThreads = 256;
 // A block per tile of queries and head, `lanes` lanes per row: a power of two.
 template <class T>
 __global__ void __launch_bounds__(kThreads) prepare(const Args a, int lanes) {
+  begin_kernel();
   const int tile = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y);
   const int d = a.head_dim, thread = static_cast<int>(threadIdx.x), lane = thread % lanes;
   const bool in_packs = d % Pack<T>::kSize == 0;
@@ -443,6 +444,7 @@ struct KeyBlock {
 
 template <int kDim>
 __global__ void __launch_bounds__(kThreads, 1) differentiate_mma(const Args a) {
+  begin_kernel();
   extern __shared__ __align__(1024) unsigned char memory[];
   auto* const ticket = reinterpret_cast<int*>(memory + Shared<kDim>::kBegin);
   if (threadIdx.x == 0) *ticket = atomicAdd(a.ticket, 1);
@@ -460,14 +462,11 @@ __global__ void __launch_bounds__(kThreads, 1) differentiate_mma(const Args a) {
 }
 
 template <int kDim>
-void launch_mma(const Args& a, cudaStream_t stream) {
+void launch_mma(const Args& a, const Launch& launch) {
   constexpr int kBytes = Shared<kDim>::kBytes;
   const auto kernel = differentiate_mma<kDim>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
-        "attention_backward");
   const auto blocks = static_cast<unsigned>(ceil_div(a.rows, kKeys) * a.kv_heads);
-  kernel<<<blocks, kThreads, kBytes, stream>>>(a);
-  launched("attention_backward");
+  start_kernel("attention_backward", kernel, blocks, kThreads, kBytes, launch, a);
 }
 
 // -- Launchers ---------------------------------------------------------------------------------
@@ -533,14 +532,13 @@ void run(const OpCall& call, const Launch& launch) {
     while (lanes < kWarp && lanes * Pack<T>::kSize < a.head_dim) lanes *= 2;
     const dim3 grid(static_cast<unsigned>(a.padded_rows / kQueries),
                     static_cast<unsigned>(a.heads));
-    prepare<T><<<grid, kThreads, 0, launch.stream>>>(a, lanes);
-    launched("attention_backward");
+    start_kernel("attention_backward", prepare<T>, grid, kThreads, 0, launch, a, lanes);
     if (attention_on_tensor_cores(call)) {
-      if (a.head_dim == 64) return launch_mma<64>(a, launch.stream);
-      return launch_mma<128>(a, launch.stream);
+      if (a.head_dim == 64) return launch_mma<64>(a, launch);
+      return launch_mma<128>(a, launch);
     }
     with_passes(a.head_dim,
-                [&](auto passes) { launch_rows<T, decltype(passes)::value>(a, launch.stream); });
+                [&](auto passes) { launch_rows<T, decltype(passes)::value>(a, launch); });
   });
 }
 

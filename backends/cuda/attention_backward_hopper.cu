@@ -74,6 +74,7 @@ std::int64_t place(Args& args, void* scratch) {
 // One block per (query tile, head); a row is read by kHeadDim / 8 lanes.
 template <int kHeadDim>
 __global__ void __launch_bounds__(256) prepare(const __grid_constant__ Args args) {
+  begin_kernel();
   constexpr int kLanes = kHeadDim / 8, kRowsAtOnce = 256 / kLanes;
   const int tile = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y);
   const int thread = static_cast<int>(threadIdx.x);
@@ -462,6 +463,7 @@ __device__ void compute_keys(const Args& args, KeysShared<kHeadDim>& shared, con
 
 template <int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 1) queries(const __grid_constant__ Args args) {
+  begin_kernel();
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<QueriesShared<kHeadDim>*>(memory);
@@ -493,6 +495,7 @@ __global__ void __launch_bounds__(kThreads, 1) queries(const __grid_constant__ A
 
 template <int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 1) keys(const __grid_constant__ Args args) {
+  begin_kernel();
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<KeysShared<kHeadDim>*>(memory);
@@ -525,16 +528,13 @@ void start(Kernel kernel, std::int64_t blocks, const Args& args, const Launch& l
            const char* name) {
   constexpr int kBytes = static_cast<int>(sizeof(Shared));
   static_assert(kBytes <= kSharedBytes);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), name);
-  kernel<<<static_cast<unsigned>(blocks), kThreads, kBytes, launch.stream>>>(args);
-  launched(name);
+  start_kernel(name, kernel, static_cast<unsigned>(blocks), kThreads, kBytes, launch, args);
 }
 
 template <int kHeadDim>
 void run(const Args& args, const Launch& launch) {
   const dim3 tiles(static_cast<unsigned>(args.query_tiles), static_cast<unsigned>(args.heads));
-  prepare<kHeadDim><<<tiles, 256, 0, launch.stream>>>(args);
-  launched("attention_backward: prepare");
+  start_kernel("attention_backward: prepare", prepare<kHeadDim>, tiles, 256, 0, launch, args);
   start<QueriesShared<kHeadDim>>(
       queries<kHeadDim>,
       std::min(QueryTile<kRows>::count(args.rows, args.heads), launch.card->multiprocessors), args,

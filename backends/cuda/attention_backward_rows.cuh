@@ -47,6 +47,7 @@ __device__ inline void clear(float (&c)[kRows][kColumns]) {
 template <class T, int kPasses>
 __global__ void __launch_bounds__(kRowThreads, kPasses == 8 ? 1 : 0)
     differentiate_queries(const AttentionGradient a) {
+  begin_kernel();
   extern __shared__ __align__(16) float floats[];
   const int d = a.head_dim, width = row_stride(d);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -101,6 +102,7 @@ __global__ void __launch_bounds__(kRowThreads, kPasses == 8 ? 1 : 0)
 template <class T, int kPasses>
 __global__ void __launch_bounds__(kRowThreads, kPasses == 8 ? 1 : 0)
     differentiate_keys(const AttentionGradient a) {
+  begin_kernel();
   extern __shared__ __align__(16) float floats[];
   const int d = a.head_dim, width = row_stride(d);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -160,17 +162,13 @@ constexpr int row_bytes(int d) {
 static_assert(row_bytes(kMaxHeadDim) <= kSharedLimit);
 
 template <class T, int kPasses>
-void launch_rows(const AttentionGradient& a, cudaStream_t stream) {
-  const auto launch = [&](auto kernel, std::int64_t blocks) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               row_bytes(kPasses * kWarp)),
-          "attention_backward");
-    kernel<<<static_cast<unsigned>(blocks), kRowThreads,
-             static_cast<std::size_t>(row_bytes(a.head_dim)), stream>>>(a);
-    launched("attention_backward");
+void launch_rows(const AttentionGradient& a, const Launch& launch) {
+  const auto start = [&](auto kernel, std::int64_t blocks) {
+    start_kernel("attention_backward", kernel, static_cast<unsigned>(blocks), kRowThreads,
+                 static_cast<std::size_t>(row_bytes(a.head_dim)), launch, a);
   };
-  launch(differentiate_queries<T, kPasses>, ceil_div(a.rows, kOwned) * a.heads);
-  launch(differentiate_keys<T, kPasses>, ceil_div(a.rows, kOwned) * a.kv_heads);
+  start(differentiate_queries<T, kPasses>, ceil_div(a.rows, kOwned) * a.heads);
+  start(differentiate_keys<T, kPasses>, ceil_div(a.rows, kOwned) * a.kv_heads);
 }
 
 }  // namespace nibble::cuda

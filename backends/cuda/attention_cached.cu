@@ -93,6 +93,7 @@ __device__ void copy_queries(std::uint32_t tile, const Args& a, const Work& work
 
 template <int kDim>
 __global__ void __launch_bounds__(kThreads) attend_chunk_mma(const Args a) {
+  begin_kernel();
   using S = Shared<kDim>;
   extern __shared__ __align__(1024) unsigned char memory[];
   __shared__ float warp_largest[kWarps][kPairs], warp_sums[kWarps][kPairs];
@@ -240,6 +241,7 @@ __global__ void __launch_bounds__(kThreads) attend_chunk_mma(const Args a) {
 
 template <class T, int kPasses>
 __global__ void __launch_bounds__(kThreads, 1) attend_chunk_rows(const Args a) {
+  begin_kernel();
   extern __shared__ __align__(16) float floats[];
   const Work work(a);
   const int keys = min(work.last_key(a, work.pairs - 1) + 1, kChunk);
@@ -293,12 +295,12 @@ __global__ void __launch_bounds__(kThreads, 1) attend_chunk_rows(const Args a) {
 // -- The chunks of a row -----------------------------------------------------------------------
 
 constexpr int kCombineThreads = 512;
-constexpr int kCombineShared = kSharedLimit - kCombineThreads * 16 - 1024;
 
 // A block per row and head. A thread adds up four channels of every n-th chunk, n being what the
 // threads suffice for; then these sums are added in order.
 template <class T, bool kBase2>
 __global__ void __launch_bounds__(kCombineThreads) combine(const Args a) {
+  begin_kernel();
   extern __shared__ __align__(16) float weights[];
   __shared__ float4 parts[kCombineThreads];
   const std::int64_t place = blockIdx.x, places = static_cast<std::int64_t>(a.rows) * a.heads;
@@ -381,15 +383,13 @@ std::int64_t scratch_bytes(const OpCall& call, const Card&) {
 }
 
 template <class Kernel>
-void launch_chunks(Kernel kernel, const Args& a, int bytes, int most_bytes, cudaStream_t stream) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes),
-        "attention_cached");
+void launch_chunks(Kernel kernel, const Args& a, int bytes, const Launch& launch) {
   const dim3 grid(static_cast<unsigned>(a.chunks),
                   static_cast<unsigned>(
                       ceil_div(static_cast<std::int64_t>(a.rows) * (a.heads / a.kv_heads), kPairs)),
                   static_cast<unsigned>(a.kv_heads));
-  kernel<<<grid, kThreads, static_cast<std::size_t>(bytes), stream>>>(a);
-  launched("attention_cached");
+  start_kernel("attention_cached", kernel, grid, kThreads, static_cast<std::size_t>(bytes), launch,
+               a);
 }
 
 constexpr int row_bytes(int d) {
@@ -399,14 +399,11 @@ static_assert(row_bytes(kMaxHeadDim) <= kSharedLimit);
 
 // The weights of a row's chunks lie in shared memory, enough for a context of five million.
 template <class T, bool kBase2>
-void launch_combine(const Args& a, cudaStream_t stream) {
+void launch_combine(const Args& a, const Launch& launch) {
   const int bytes = a.chunks * static_cast<int>(sizeof(float));
-  check(cudaFuncSetAttribute(combine<T, kBase2>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             kCombineShared),
-        "attention_cached");
-  combine<T, kBase2><<<static_cast<unsigned>(a.rows) * static_cast<unsigned>(a.heads),
-                       kCombineThreads, static_cast<std::size_t>(bytes), stream>>>(a);
-  launched("attention_cached");
+  start_kernel("attention_cached", combine<T, kBase2>,
+               static_cast<unsigned>(a.rows) * static_cast<unsigned>(a.heads), kCombineThreads,
+               static_cast<std::size_t>(bytes), launch, a);
 }
 
 void run(const OpCall& call, const Launch& launch) {
@@ -415,22 +412,19 @@ void run(const OpCall& call, const Launch& launch) {
   if (a.rows == 0) return;
   if (attention_on_tensor_cores(call)) {
     if (a.head_dim == 64) {
-      constexpr int kBytes = Shared<64>::kBytes;
-      launch_chunks(attend_chunk_mma<64>, a, kBytes, kBytes, launch.stream);
+      launch_chunks(attend_chunk_mma<64>, a, Shared<64>::kBytes, launch);
     } else {
-      constexpr int kBytes = Shared<128>::kBytes;
-      launch_chunks(attend_chunk_mma<128>, a, kBytes, kBytes, launch.stream);
+      launch_chunks(attend_chunk_mma<128>, a, Shared<128>::kBytes, launch);
     }
-    return launch_combine<bf16, true>(a, launch.stream);
+    return launch_combine<bf16, true>(a, launch);
   }
   with_type(call.out_types[0].dtype, [&](auto element) {
     using T = decltype(element);
     with_passes(a.head_dim, [&](auto passes) {
       constexpr int kPasses = decltype(passes)::value;
-      launch_chunks(attend_chunk_rows<T, kPasses>, a, row_bytes(a.head_dim),
-                    row_bytes(kPasses * kWarp), launch.stream);
+      launch_chunks(attend_chunk_rows<T, kPasses>, a, row_bytes(a.head_dim), launch);
     });
-    launch_combine<T, false>(a, launch.stream);
+    launch_combine<T, false>(a, launch);
   });
 }
 
@@ -440,6 +434,7 @@ void run(const OpCall& call, const Launch& launch) {
 template <class U>
 __global__ void __launch_bounds__(kThreads)
     append(U* cache, const U* x, const std::int32_t* position, int context, int width) {
+  begin_kernel();
   const std::int64_t t = *position + static_cast<std::int64_t>(blockIdx.x), head = blockIdx.y;
   if (t < 0 || t >= context) return;
   const U* from = x + (static_cast<std::int64_t>(blockIdx.x) * gridDim.y + head) * width;
@@ -460,10 +455,8 @@ void run_append(const OpCall& call, const Launch& launch) {
     const auto width = static_cast<int>(bytes / static_cast<std::int64_t>(sizeof(U)));
     const dim3 grid(static_cast<unsigned>(rows), static_cast<unsigned>(cache[0]));
     const int threads = static_cast<int>(std::min<std::int64_t>(kThreads, round_up(width, kWarp)));
-    append<<<grid, threads, 0, launch.stream>>>(call.output<U>(0), call.input<U>(1),
-                                                call.input<std::int32_t>(2),
-                                                static_cast<int>(cache[1]), width);
-    launched("kv_append");
+    start_kernel("kv_append", append<U>, grid, threads, 0, launch, call.output<U>(0),
+                 call.input<U>(1), call.input<std::int32_t>(2), static_cast<int>(cache[1]), width);
   };
   if (bytes % 16 == 0) return append_units(uint4{});
   append_units(std::uint16_t{});

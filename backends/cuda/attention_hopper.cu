@@ -243,6 +243,7 @@ __device__ void compute_tiles(const Args& args, Shared<kHeadDim, kConsumers>& sh
 template <int kHeadDim, int kConsumers>
 __global__ void __launch_bounds__((kConsumers + 1) * kWarpgroup, 1)
     attention_tiles(const __grid_constant__ Args args) {
+  begin_kernel();
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) unsigned char memory[];
   using S = Shared<kHeadDim, kConsumers>;
@@ -278,14 +279,11 @@ void run(const Args& args, const Launch& launch) {
   constexpr int kBytes = static_cast<int>(sizeof(S));
   static_assert(kBytes <= kSharedBytes);
   const auto kernel = attention_tiles<kHeadDim, kConsumers>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
-        "attention: shared memory");
   check(cudaMemsetAsync(args.next_tile, 0, sizeof(int), launch.stream), "attention: tile counter");
   const int blocks =
       std::min(QueryTile<S::kRows>::count(args.rows, args.heads), launch.card->multiprocessors);
-  kernel<<<static_cast<unsigned>(blocks), (kConsumers + 1) * kWarpgroup, kBytes, launch.stream>>>(
-      args);
-  launched("attention");
+  start_kernel("attention", kernel, static_cast<unsigned>(blocks), (kConsumers + 1) * kWarpgroup,
+               kBytes, launch, args);
 }
 
 }  // namespace

@@ -10,6 +10,4 @@ void check(cudaError_t status, const char* what) {
                     static_cast<int>(status));
 }
 
-void launched(const char* kernel) { check(cudaGetLastError(), kernel); }
-
 }  // namespace nibble::cuda

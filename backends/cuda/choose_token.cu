@@ -155,6 +155,7 @@ struct Chooser {
 __global__ void __launch_bounds__(kThreads)
     choose_token(const float* z, int count, ChooseTokenParams params, const std::int64_t* rng,
                  std::int32_t* id, float* log_probability) {
+  begin_kernel();
   __shared__ Shared shared;
   // The first token, and whether every logit is finite: the key of a NaN or infinity is no worse a
   // number, so that one sweep finds both.
@@ -200,11 +201,9 @@ __global__ void __launch_bounds__(kThreads)
 bool supports(const OpCall& call) { return call.in_types[0].dtype == DType::F32; }
 
 void run(const OpCall& call, const Launch& launch) {
-  choose_token<<<1, kThreads, 0, launch.stream>>>(
-      call.input<float>(0), static_cast<int>(call.in_types[0].shape[1]),
-      call.node->get<ChooseTokenParams>(), call.input<std::int64_t>(1),
-      call.output<std::int32_t>(0), call.output<float>(1));
-  launched("choose_token");
+  start_kernel("choose_token", choose_token, 1, kThreads, 0, launch, call.input<float>(0),
+               static_cast<int>(call.in_types[0].shape[1]), call.node->get<ChooseTokenParams>(),
+               call.input<std::int64_t>(1), call.output<std::int32_t>(0), call.output<float>(1));
 }
 
 }  // namespace

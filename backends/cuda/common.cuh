@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "backends/cuda/kernel.h"
+#include "backends/cuda/launch.cuh"
 
 namespace nibble::cuda {
 

@@ -54,6 +54,7 @@ template <class Decoder, class T>
 __global__ void __launch_bounds__(kThreads)
     unit_kernel(const Decoder decoder, const __grid_constant__ typename Decoder::Tables tables,
                 const Rows rows, T* to) {
+  begin_kernel();
   __shared__ typename Decoder::Tables shared;
   share_tables<kThreads>(tables, shared);
   const std::int64_t per_row = rows.cols / kUnit, units = rows.count * per_row;
@@ -98,6 +99,7 @@ template <class Decoder, class T>
 __global__ void __launch_bounds__(kThreads)
     element_kernel(const Decoder decoder, const __grid_constant__ typename Decoder::Tables tables,
                    const Rows rows, T* to) {
+  begin_kernel();
   __shared__ typename Decoder::Tables shared;
   share_tables<kThreads>(tables, shared);
   for (std::int64_t row = blockIdx.x; row < rows.count; row += gridDim.x) {
@@ -132,13 +134,13 @@ void decode_rows(const TensorType& type, const void* data, const Rows& rows, T* 
     const auto tables = tables_of<typename Decoder::Tables>(type.dtype);
     if (in_units) {
       const std::int64_t blocks = ceil_div(rows.count * (rows.cols / kUnit), kBlockUnits);
-      unit_kernel<Decoder, T><<<static_cast<unsigned>(blocks), kThreads, 0, launch.stream>>>(
-          decoder, tables, rows, to);
+      start_kernel("dequantize", unit_kernel<Decoder, T>, static_cast<unsigned>(blocks), kThreads,
+                   0, launch, decoder, tables, rows, to);
     } else {
       const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(rows.count, 1 << 20));
-      element_kernel<Decoder, T><<<blocks, kThreads, 0, launch.stream>>>(decoder, tables, rows, to);
+      start_kernel("dequantize", element_kernel<Decoder, T>, blocks, kThreads, 0, launch, decoder,
+                   tables, rows, to);
     }
-    launched("dequantize");
   });
 }
 

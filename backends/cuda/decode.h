@@ -45,4 +45,10 @@ void matvec(const MatVec& call, const Launch& launch);
 // weights are stored alike. The results are those of the single calls, bit for bit.
 void matvec_group(const MatVec* calls, int count, const Launch& launch);
 
+// The same product for up to kFewRows rows of x in BF16 graphs, on the tensor cores.
+inline constexpr std::int64_t kFewRows = 64;
+bool few_rows_supports(const TensorType& weight, std::int64_t m, DType dtype);
+std::int64_t few_rows_scratch_bytes(const MatVec& call, const Card& card);
+void few_rows(const MatVec& call, void* scratch, const Launch& launch);
+
 }  // namespace nibble::cuda

@@ -31,6 +31,7 @@ __global__ __launch_bounds__(kSortThreads) void sort_rows_kernel(const std::int3
                                                                  std::int64_t entries,
                                                                  std::int32_t* order,
                                                                  std::int32_t* counts) {
+  begin_kernel();
   const int lane = threadIdx.x % kWarp;
   const std::int64_t t =
       static_cast<std::int64_t>(blockIdx.x) * (kSortThreads / kWarp) + threadIdx.x / kWarp;
@@ -62,6 +63,7 @@ __global__ __launch_bounds__(kThreads) void add_rows_kernel(const std::int32_t* 
                                                             const std::int32_t* order,
                                                             const std::int32_t* counts, const T* dy,
                                                             std::int64_t cols, float* acc) {
+  begin_kernel();
   const std::int64_t place = blockIdx.x;
   const int count = counts[place];
   if (count == 0) return;
@@ -105,15 +107,14 @@ void run_dw(const OpCall& call, const Launch& launch) {
   const auto* ids = call.input<std::int32_t>(1);
   auto* order = static_cast<std::int32_t*>(call.scratch);
   std::int32_t* counts = order + rows;
-  sort_rows_kernel<<<static_cast<unsigned>(ceil_div(rows, kSortThreads / kWarp)), kSortThreads, 0,
-                     launch.stream>>>(ids, static_cast<int>(rows), entries, order, counts);
-  launched("embedding_dw");
+  start_kernel("embedding_dw", sort_rows_kernel,
+               static_cast<unsigned>(ceil_div(rows, kSortThreads / kWarp)), kSortThreads, 0, launch,
+               ids, static_cast<int>(rows), entries, order, counts);
   const dim3 grid(static_cast<unsigned>(rows), static_cast<unsigned>(ceil_div(cols, kColumns)));
   with_type(call.in_types[2].dtype, [&](auto type) {
     using T = decltype(type);
-    add_rows_kernel<T><<<grid, kThreads, 0, launch.stream>>>(ids, order, counts, call.input<T>(2),
-                                                             cols, call.output<float>(0));
-    launched("embedding_dw");
+    start_kernel("embedding_dw", add_rows_kernel<T>, grid, kThreads, 0, launch, ids, order, counts,
+                 call.input<T>(2), cols, call.output<float>(0));
   });
 }
 

@@ -379,8 +379,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   cluster_sync();
-  admit_successor();
-  wait_for_predecessor();
+  begin_kernel();
 
   if (threadIdx.x >= 128 * kConsumers) {
     shrink_registers<kProducerRegisters>();
@@ -490,27 +489,11 @@ Problem problem_of(const Gemm& gemm, const Config& config) {
 
 template <int kN, WeightLayout kLayout, Low kLow>
 void start(const Problem& p, const Config& config, const Launch& launch) {
-  constexpr int bytes = Shared<kN>::kAllocated;
-  const auto kernel = gemm_hopper_kernel<kN, kLayout, kLow>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-        "gemm_hopper");
   const int clusters = std::min(p.tiles, launch.card->multiprocessors / config.cluster);
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = static_cast<unsigned>(config.cluster);
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-  // Blocks may set themselves up while the kernel before is ending; they wait for it before they
-  // touch memory.
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t launch_config{};
-  launch_config.gridDim = dim3(static_cast<unsigned>(clusters * config.cluster));
-  launch_config.blockDim = dim3(kThreads);
-  launch_config.dynamicSmemBytes = bytes;
-  launch_config.stream = launch.stream;
-  launch_config.attrs = attributes;
-  launch_config.numAttrs = 2;
-  check(cudaLaunchKernelEx(&launch_config, kernel, p, config.cluster), "gemm_hopper");
+  // Blocks set themselves up while the kernel before is ending.
+  start_clusters("gemm_hopper", gemm_hopper_kernel<kN, kLayout, kLow>, config.cluster,
+                 static_cast<unsigned>(clusters * config.cluster), kThreads, Shared<kN>::kAllocated,
+                 launch, p, config.cluster);
 }
 
 template <int kN>

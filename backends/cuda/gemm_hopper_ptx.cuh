@@ -73,18 +73,6 @@ __device__ inline void barrier_wait(std::uint32_t barrier, std::uint32_t parity)
   } while (done == 0);
 }
 
-// -- Neighbours in the stream
-// ----------------------------------------------------------------------
-
-// Until the kernels before this one are done and what they wrote is visible; at once where the
-// launch did not ask to start early.
-__device__ inline void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-// The next kernel may start as blocks of this one end, if its launch asks to start early; it then
-// waits as above before it touches memory.
-__device__ inline void admit_successor() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-
 // -- Bulk tensor copies --------------------------------------------------------------------------
 
 __device__ inline void prefetch_map(const CUtensorMap& map) {

@@ -29,10 +29,12 @@ inline constexpr int kSharedBytes = 227 * 1024;
 
 // -- Host ----------------------------------------------------------------------------------------
 
-// The tensor map of a row-major BF16 matrix [rows, columns], read or written in boxes of box_rows
-// x 64. What a box has beyond the matrix reads as zero and is not written.
-inline CUtensorMap tensor_map(const void* address, std::int64_t rows, std::int64_t columns,
-                              int box_rows) {
+// The tensor map of a row-major BF16 matrix [rows, columns] whose rows are `stride` elements apart,
+// a multiple of 8, read or written in boxes of box_rows x box_columns (16, 32 or 64, swizzled over
+// the 32, 64 or 128 bytes of their rows). What a box has beyond the matrix reads as zero and is not
+// written.
+inline CUtensorMap strided_map(const void* address, std::int64_t rows, std::int64_t columns,
+                               std::int64_t stride, int box_rows, int box_columns) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const auto encode = [] {
     void* entry = nullptr;
@@ -46,22 +48,41 @@ inline CUtensorMap tensor_map(const void* address, std::int64_t rows, std::int64
     return reinterpret_cast<Encode>(entry);
   }();
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t pitch[] = {static_cast<cuuint64_t>(columns) * sizeof(bf16)};
-  const cuuint32_t box[] = {kBoxColumns, static_cast<cuuint32_t>(box_rows)};
+  const cuuint64_t pitch[] = {static_cast<cuuint64_t>(stride) * sizeof(bf16)};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns),
+                            static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[] = {1, 1};
+  const CUtensorMapSwizzle swizzle = box_columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
+                                     : box_columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                         : CU_TENSOR_MAP_SWIZZLE_32B;
   CUtensorMap map;
   const CUresult result =
       encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(address), sizes, pitch,
-             box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) check(cudaErrorInvalidValue, "cuTensorMapEncodeTiled");
   return map;
+}
+// Of a contiguous matrix, in boxes of box_rows x 64.
+inline CUtensorMap tensor_map(const void* address, std::int64_t rows, std::int64_t columns,
+                              int box_rows) {
+  return strided_map(address, rows, columns, columns, box_rows, kBoxColumns);
 }
 
 // -- Addresses and barriers ----------------------------------------------------------------------
 
 __device__ inline std::uint32_t shared_address(const void* p) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
+}
+
+__device__ inline int cluster_rank() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// All threads of all blocks of the cluster; orders no memory (that would cost a fence).
+__device__ inline void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
 }
 
 // Counts arrivals and bytes of tensor copies; flips its phase when both are complete.
@@ -74,6 +95,16 @@ struct Barrier {
   }
   __device__ void arrive() {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
+  }
+  // Arrives at this barrier of block `rank` of the cluster. Orders nothing beyond this thread's own
+  // block: for stages that only the tensor cores have read, their reads complete.
+  __device__ void arrive_at(int rank) {
+    asm volatile(
+        "{\n.reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(this)),
+        "r"(rank)
+        : "memory");
   }
   // Arrives, and lets the phase wait for so many bytes more.
   __device__ void arrive_expecting(int bytes) {
@@ -132,6 +163,15 @@ __device__ inline void load_box(void* to, const CUtensorMap& map, int column, in
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
       "[%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
       "l"(&map), "r"(column), "r"(row), "r"(shared_address(&full))
+      : "memory");
+}
+// The same to the same place in every block of `mask`, each of which reports to its own `full`.
+__device__ inline void load_box_everywhere(void* to, const CUtensorMap& map, int column, int row,
+                                           Barrier& full, std::uint16_t mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+      "l"(&map), "r"(column), "r"(row), "r"(shared_address(&full)), "h"(mask)
       : "memory");
 }
 __device__ inline void store_box(const CUtensorMap& map, int column, int row, const void* from) {
@@ -195,11 +235,15 @@ __device__ inline float exp2_approx(float x) {
 // -- Products ------------------------------------------------------------------------------------
 
 // The descriptor of an operand in boxes at `p`. box_bytes: from one box to the next 64 rows of an
-// operand stored across; unused otherwise. Adding bytes / 16 moves it.
+// operand stored across; unused otherwise. kRowBytes: of a box, which is less than 128 where it is
+// narrower. Adding bytes / 16 moves it.
+template <int kRowBytes = kBoxRowBytes>
 __device__ inline std::uint64_t operand(const void* p, int box_bytes = 16) {
+  static_assert(kRowBytes == 128 || kRowBytes == 64 || kRowBytes == 32);
+  constexpr std::uint64_t kSwizzle = kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 3;
   return static_cast<std::uint64_t>((shared_address(p) & 0x3FFFF) >> 4) |
          static_cast<std::uint64_t>(box_bytes >> 4) << 16 |
-         static_cast<std::uint64_t>(8 * kBoxRowBytes >> 4) << 32 | std::uint64_t{1} << 62;
+         static_cast<std::uint64_t>(8 * kRowBytes >> 4) << 32 | kSwizzle << 62;
 }
 
 enum Stored : int { along = 0, across = 1 };
@@ -233,6 +277,7 @@ __device__ inline void hold(std::uint32_t (&d)[kSize][4]) {
 #define NIBBLE_D16(d, i) NIBBLE_D8(d, i), NIBBLE_D8(d, i + 8)
 #define NIBBLE_D32(d, i) NIBBLE_D16(d, i), NIBBLE_D16(d, i + 16)
 #define NIBBLE_D64(d, i) NIBBLE_D32(d, i), NIBBLE_D32(d, i + 32)
+#define NIBBLE_R8 "{%0,%1,%2,%3,%4,%5,%6,%7"
 #define NIBBLE_R16 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define NIBBLE_R32 NIBBLE_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define NIBBLE_R64 NIBBLE_R32 \
@@ -252,8 +297,12 @@ __device__ inline void hold(std::uint32_t (&d)[kSize][4]) {
 template <Stored kA, Stored kB, int kSize>
 __device__ inline void product(float (&d)[kSize], std::uint64_t a, std::uint64_t b,
                                int accumulate) {
-  static_assert(kSize == 16 || kSize == 32 || kSize == 64);
-  if constexpr (kSize == 16) {
+  static_assert(kSize == 8 || kSize == 16 || kSize == 32 || kSize == 64);
+  if constexpr (kSize == 8) {
+    asm volatile(NIBBLE_SS("16", NIBBLE_R8, "%8", "%9", "%10", "%11", "%12")
+                 : NIBBLE_D8(d, 0)
+                 : "l"(a), "l"(b), "r"(accumulate), "n"(int{kA}), "n"(int{kB}));
+  } else if constexpr (kSize == 16) {
     asm volatile(NIBBLE_SS("32", NIBBLE_R16, "%16", "%17", "%18", "%19", "%20")
                  : NIBBLE_D16(d, 0)
                  : "l"(a), "l"(b), "r"(accumulate), "n"(int{kA}), "n"(int{kB}));
@@ -289,6 +338,7 @@ __device__ inline void product(float (&d)[kSize], const std::uint32_t (&a)[4], s
 #undef NIBBLE_D16
 #undef NIBBLE_D32
 #undef NIBBLE_D64
+#undef NIBBLE_R8
 #undef NIBBLE_R16
 #undef NIBBLE_R32
 #undef NIBBLE_R64

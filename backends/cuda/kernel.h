@@ -41,7 +41,5 @@ struct Kernel {
 
 // Throws DeviceError naming `what` when `status` is not success.
 void check(cudaError_t status, const char* what);
-// After <<<>>>: throws DeviceError when the launch was refused.
-void launched(const char* kernel);
 
 }  // namespace nibble::cuda

@@ -1,9 +1,9 @@
 // linear     y = scale * x W^T         linear_dx   dx = scale * dy W
 // linear_dw  acc += scale * dy^T x
 //
-// Three routes for the first two: few rows read W once in its storage type (matvec); a narrow W,
-// the B of an adapter, is a thin product (low_rank); the rest dequantizes W into scratch and is a
-// dense product, for which the copy is small change from a few hundred rows on.
+// y for few rows reads W once, in its storage type (matvec, few_rows). dx by a narrow W, the B of
+// an adapter, is a thin product (low_rank). The rest decodes W into scratch and is a dense product,
+// for which the copy is small change from a few hundred rows on.
 #include "backends/cuda/gemm.h"
 #include "backends/cuda/linear.h"
 #include "backends/cuda/low_rank.h"
@@ -72,12 +72,19 @@ std::int64_t dense_scratch(const OpCall& call, WeightLayout layout, const Card& 
   return weight_copy_bytes(call.in_types[1], g.dtype) + product_scratch_bytes(g, card);
 }
 
+bool is_few_rows(const OpCall& call) {
+  return few_rows_supports(call.in_types[1], call.in_types[0].shape[0], call.in_types[0].dtype);
+}
+
 std::int64_t scratch(const OpCall& call, const Card& card) {
-  return linear_is_matvec(call) ? 0 : dense_scratch(call, WeightLayout::n_by_k, card);
+  if (linear_is_matvec(call)) return 0;
+  if (is_few_rows(call)) return few_rows_scratch_bytes(linear_matvec(call), card);
+  return dense_scratch(call, WeightLayout::n_by_k, card);
 }
 
 void run(const OpCall& call, const Launch& launch) {
   if (linear_is_matvec(call)) return matvec(linear_matvec(call), launch);
+  if (is_few_rows(call)) return few_rows(linear_matvec(call), call.scratch, launch);
   run_dense(call, WeightLayout::n_by_k, launch);
 }
 
@@ -103,8 +110,7 @@ UpGradient up_gradient_call(const OpCall& call) {
 
 std::int64_t scratch_dx(const OpCall& call, const Card& card) {
   if (!is_up_gradient(call)) return dense_scratch(call, WeightLayout::k_by_n, card);
-  const UpGradient p = up_gradient_call(call);
-  return up_gradient_scratch_bytes(p.dtype, p.m, p.cols, p.rank, card);
+  return up_gradient_scratch_bytes(up_gradient_call(call), card);
 }
 
 void run_dx(const OpCall& call, const Launch& launch) {
@@ -135,9 +141,7 @@ bool supports_dw(const OpCall& call) {
 }
 
 std::int64_t scratch_dw(const OpCall& call, const Card& card) {
-  const TokenSum p = token_sum_call(call);
-  return token_sum_scratch_bytes(p.left_dtype, p.right_dtype, p.rows, p.left_cols, p.right_cols,
-                                 card);
+  return token_sum_scratch_bytes(token_sum_call(call), card);
 }
 
 void run_dw(const OpCall& call, const Launch& launch) {

@@ -111,6 +111,7 @@ __device__ void copy_row(T* to, const T* from, std::int64_t cols) {
 template <class T>
 __global__ __launch_bounds__(kCopyThreads) void gather_entries(Entries entries, const T* x, T* to,
                                                                std::int64_t cols) {
+  begin_kernel();
   std::int64_t row, label;
   const bool scored = entries.find(blockIdx.x, row, label) == Entries::State::scored;
   copy_row(to + blockIdx.x * cols, scored ? x + row * cols : nullptr, cols);
@@ -120,6 +121,7 @@ __global__ __launch_bounds__(kCopyThreads) void gather_entries(Entries entries, 
 template <class T>
 __global__ __launch_bounds__(kCopyThreads) void scatter_entries(Entries entries, const T* from,
                                                                 T* dx, std::int64_t cols) {
+  begin_kernel();
   std::int64_t row, label;
   if (entries.find(blockIdx.x, row, label) != Entries::State::scored) return;
   copy_row(dx + row * cols, from + blockIdx.x * cols, cols);
@@ -204,6 +206,7 @@ __device__ void write_dz(float* z, std::int64_t vocabulary, std::int64_t label, 
 
 template <class T>
 __global__ __launch_bounds__(kThreads, 2) void score_entries(Entries entries, Score s) {
+  begin_kernel();
   float* const z = s.logits + blockIdx.x * s.stride;
   std::int64_t row, label;
   const Entries::State state = entries.find(blockIdx.x, row, label);
@@ -230,6 +233,7 @@ __global__ __launch_bounds__(kThreads, 2) void score_entries(Entries entries, Sc
 // total = the sum of the losses in F64; one block.
 __global__ __launch_bounds__(kThreads) void add_losses(const float* losses, std::int64_t count,
                                                        float* total) {
+  begin_kernel();
   double sum = 0;
   for (std::int64_t i = threadIdx.x; i < count; i += kThreads) sum += losses[i];
   sum = block_sum<kThreads>(sum);
@@ -304,10 +308,10 @@ struct Work {
   void compute_logits(std::int64_t begin, std::int64_t count) const {
     with_type(n.dtype, [&](auto type) {
       using T = decltype(type);
-      gather_entries<<<static_cast<unsigned>(count), kCopyThreads, 0, launch.stream>>>(
-          entries_of(n, begin), static_cast<const T*>(n.x), static_cast<T*>(x), n.channels);
+      start_kernel("gather_entries", gather_entries<T>, static_cast<unsigned>(count), kCopyThreads,
+                   0, launch, entries_of(n, begin), static_cast<const T*>(n.x), static_cast<T*>(x),
+                   n.channels);
     });
-    launched("gather_entries");
     Gemm g = logits_product(n, count);
     g.x = x;
     g.w = w;
@@ -316,10 +320,9 @@ struct Work {
   }
   void score(std::int64_t begin, std::int64_t count, const Score& s) const {
     with_type(n.dtype, [&](auto type) {
-      score_entries<decltype(type)>
-          <<<static_cast<unsigned>(count), kThreads, 0, launch.stream>>>(entries_of(n, begin), s);
+      start_kernel("score_entries", score_entries<decltype(type)>, static_cast<unsigned>(count),
+                   kThreads, 0, launch, entries_of(n, begin), s);
     });
-    launched("score_entries");
   }
   void compute_dx(std::int64_t begin, std::int64_t count, void* to) const {
     Gemm g = dx_product(n, count);
@@ -329,10 +332,10 @@ struct Work {
     product(g, rest, launch);
     with_type(n.dtype, [&](auto type) {
       using T = decltype(type);
-      scatter_entries<<<static_cast<unsigned>(count), kCopyThreads, 0, launch.stream>>>(
-          entries_of(n, begin), static_cast<const T*>(dx), static_cast<T*>(to), n.channels);
+      start_kernel("scatter_entries", scatter_entries<T>, static_cast<unsigned>(count),
+                   kCopyThreads, 0, launch, entries_of(n, begin), static_cast<const T*>(dx),
+                   static_cast<T*>(to), n.channels);
     });
-    launched("scatter_entries");
   }
 
   const Problem& n;
@@ -382,8 +385,8 @@ void run(const OpCall& call, const Launch& launch) {
                 .clear_padding = false});
     if (keep_dx) work.compute_dx(begin, count, call.out[2]);
   });
-  add_losses<<<1, kThreads, 0, launch.stream>>>(losses, n.entries, call.output<float>(0));
-  launched("add_losses");
+  start_kernel("add_losses", add_losses, 1, kThreads, 0, launch, losses, n.entries,
+               call.output<float>(0));
 }
 
 // -- dW ----------------------------------------------------------------------------------------
@@ -408,8 +411,7 @@ std::int64_t scratch_dw(const OpCall& call, const Card& card) {
   const Problem n(call, 1);
   return layout(n, false).rest + most_over_chunks(n, [&](std::int64_t count) {
            const std::int64_t logits = product_scratch_bytes(logits_product(n, count), card);
-           const std::int64_t sum =
-               token_sum_scratch_bytes(n.dtype, n.dtype, count, n.vocabulary, n.channels, card);
+           const std::int64_t sum = token_sum_scratch_bytes(dw_sum(n, count), card);
            return logits > sum ? logits : sum;
          });
 }

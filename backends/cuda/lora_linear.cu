@@ -16,6 +16,58 @@ float keep_scale(const OpCall& call) { return 1 / (1 - call.node->get<LoraParams
 
 std::int64_t at_least(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 
+// -- Ranks the tensor cores have no rows for -----------------------------------------------------
+
+// Rows of an adapter's operands are whole 16 bytes in the products that pay; other ranks get
+// channels of zeros, in copies of u and B (or A).
+std::int64_t padded_rank(const Gemm& g) {
+  return g.dtype == DType::BF16 ? round_up(g.rank, 8) : g.rank;
+}
+std::int64_t padding_bytes(const Gemm& g) {
+  const std::int64_t rank = padded_rank(g);
+  if (rank == g.rank) return 0;
+  return round_up(g.m * rank * element_bytes(g.dtype), 256) +
+         round_up(g.n * rank * element_bytes(g.dtype), 256);
+}
+
+// to [to_rows, to_cols] = from [rows, cols], and zeros.
+__global__ void pad(const bf16* from, std::int64_t rows, std::int64_t cols, bf16* to,
+                    std::int64_t to_rows, std::int64_t to_cols) {
+  begin_kernel();
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= to_rows * to_cols) return;
+  const std::int64_t row = i / to_cols, col = i % to_cols;
+  to[i] = row < rows && col < cols ? from[row * cols + col] : from_float<bf16>(0.0f);
+}
+const void* padded(const void* from, std::int64_t rows, std::int64_t cols, std::int64_t to_rows,
+                   std::int64_t to_cols, std::byte*& scratch, const Launch& launch) {
+  constexpr unsigned kThreads = 256;
+  auto* const to = reinterpret_cast<bf16*>(scratch);
+  scratch += round_up(to_rows * to_cols * static_cast<std::int64_t>(sizeof(bf16)), 256);
+  start_kernel("pad", pad, static_cast<unsigned>(ceil_div(to_rows * to_cols, kThreads)), kThreads,
+               0, launch, static_cast<const bf16*>(from), rows, cols, to, to_rows, to_cols);
+  return to;
+}
+// Takes its copies from `scratch` and moves it on.
+void pad_rank(Gemm& g, std::byte*& scratch, const Launch& launch) {
+  const std::int64_t rank = padded_rank(g);
+  if (rank == g.rank || g.m == 0) return;
+  g.u = padded(g.u, g.m, g.rank, g.m, rank, scratch, launch);
+  g.b = g.layout == WeightLayout::n_by_k ? padded(g.b, g.n, g.rank, g.n, rank, scratch, launch)
+                                         : padded(g.b, g.rank, g.n, rank, g.n, scratch, launch);
+  g.rank = rank;
+}
+
+std::int64_t padded_product_scratch(Gemm g, const Card& card) {
+  const std::int64_t padding = padding_bytes(g);
+  g.rank = padded_rank(g);
+  return padding + product_scratch_bytes(g, card);
+}
+void padded_product(Gemm g, std::byte* scratch, const Launch& launch) {
+  pad_rank(g, scratch, launch);
+  product(g, scratch, launch);
+}
+
 // -- y and u -----------------------------------------------------------------------------------
 
 // y from u, which the caller gives; W and B are inputs 1 and 3 of both ops.
@@ -36,24 +88,17 @@ Gemm dense(const OpCall& call, const void* u, std::int64_t rank) {
   return g;
 }
 
-bool is_matvec(const OpCall& call) {
-  return matvec_supports(call.in_types[1], call.in_types[0].shape[0], call.in_types[0].dtype);
+// The routes that read W in its storage type: for a few rows of x, and for a few more.
+enum class Route { matvec, few_rows, dense };
+Route route(const OpCall& call) {
+  const TensorType& w = call.in_types[1];
+  const std::int64_t m = call.in_types[0].shape[0];
+  const DType dtype = call.in_types[0].dtype;
+  if (matvec_supports(w, m, dtype)) return Route::matvec;
+  return few_rows_supports(w, m, dtype) ? Route::few_rows : Route::dense;
 }
 
-// What y takes: a copy of B, and one of W with the dense product.
-std::int64_t output_scratch(const OpCall& call, std::int64_t rank, const Card& card) {
-  const Gemm g = dense(call, nullptr, rank);
-  const std::int64_t b = weight_copy_bytes(call.in_types[3], g.dtype);
-  if (is_matvec(call)) return b;
-  return b + weight_copy_bytes(call.in_types[1], g.dtype) + product_scratch_bytes(g, card);
-}
-
-void run_output(const OpCall& call, Gemm g, std::byte* scratch, const Launch& launch) {
-  g.b = dense_weight(call.in_types[3], call.in[3], g.dtype, scratch, launch);
-  if (!is_matvec(call)) {
-    g.w = dense_weight(call.in_types[1], call.in[1], g.dtype, scratch, launch);
-    return product(g, scratch, launch);
-  }
+MatVec stored_product(const OpCall& call, const Gemm& g) {
   MatVec v;
   v.weight = call.in_types[1];
   v.w = call.in[1];
@@ -67,7 +112,35 @@ void run_output(const OpCall& call, Gemm g, std::byte* scratch, const Launch& la
   v.low_scale = g.low_scale;
   v.y_dtype = g.dtype;
   v.y = g.y;
-  matvec(v, launch);
+  return v;
+}
+
+// What y takes: a copy of B, and one of W with the dense product.
+std::int64_t output_scratch(const OpCall& call, std::int64_t rank, const Card& card) {
+  const Gemm g = dense(call, nullptr, rank);
+  const std::int64_t b = weight_copy_bytes(call.in_types[3], g.dtype);
+  switch (route(call)) {
+    case Route::matvec:
+      return b;
+    case Route::few_rows:
+      return b + few_rows_scratch_bytes(stored_product(call, g), card);
+    case Route::dense:
+      break;
+  }
+  return b + weight_copy_bytes(call.in_types[1], g.dtype) + padded_product_scratch(g, card);
+}
+
+void run_output(const OpCall& call, Gemm g, std::byte* scratch, const Launch& launch) {
+  g.b = dense_weight(call.in_types[3], call.in[3], g.dtype, scratch, launch);
+  switch (route(call)) {
+    case Route::matvec:
+      return matvec(stored_product(call, g), launch);
+    case Route::few_rows:
+      return few_rows(stored_product(call, g), scratch, launch);
+    case Route::dense:
+      g.w = dense_weight(call.in_types[1], call.in[1], g.dtype, scratch, launch);
+      return padded_product(g, scratch, launch);
+  }
 }
 
 bool supports(const OpCall& call) {
@@ -75,24 +148,28 @@ bool supports(const OpCall& call) {
          can_decode(call.in_types[2].dtype) && can_decode(call.in_types[3].dtype);
 }
 
+// u, without the address of A.
+DownProduct down_product_call(const OpCall& call) {
+  const Shape &x = call.in_types[0].shape, &a = call.in_types[2].shape;
+  return {call.in_types[0].dtype, x[0],       x[1], a[0], call.in[0], nullptr, dropout_of(call, 4),
+          keep_scale(call),       call.out[1]};
+}
+
 // u comes first and is done with its scratch when y begins.
 std::int64_t scratch(const OpCall& call, const Card& card) {
-  const DType d = call.in_types[0].dtype;
-  const Shape &x = call.in_types[0].shape, &a = call.in_types[2].shape;
-  const std::int64_t down =
-      weight_copy_bytes(call.in_types[2], d) + down_scratch_bytes(d, x[0], x[1], a[0], card);
-  return at_least(down, output_scratch(call, a[0], card));
+  const DownProduct down = down_product_call(call);
+  const std::int64_t bytes =
+      weight_copy_bytes(call.in_types[2], down.dtype) + down_scratch_bytes(down, card);
+  return at_least(bytes, output_scratch(call, down.rank, card));
 }
 
 void run(const OpCall& call, const Launch& launch) {
-  const DType d = call.in_types[0].dtype;
-  const Shape &x = call.in_types[0].shape, &a = call.in_types[2].shape;
   auto* scratch = static_cast<std::byte*>(call.scratch);
-  DownProduct down{
-      d, x[0], x[1], a[0], call.in[0], nullptr, dropout_of(call, 4), keep_scale(call), call.out[1]};
-  down.a = dense_weight(call.in_types[2], call.in[2], d, scratch, launch);
+  DownProduct down = down_product_call(call);
+  down.a = dense_weight(call.in_types[2], call.in[2], down.dtype, scratch, launch);
   down_product(down, scratch, launch);
-  run_output(call, dense(call, call.out[1], a[0]), static_cast<std::byte*>(call.scratch), launch);
+  run_output(call, dense(call, call.out[1], down.rank), static_cast<std::byte*>(call.scratch),
+             launch);
 }
 
 bool supports_y(const OpCall& call) {
@@ -132,7 +209,7 @@ Gemm dense_dx(const OpCall& call) {
 std::int64_t scratch_dx(const OpCall& call, const Card& card) {
   const Gemm g = dense_dx(call);
   return weight_copy_bytes(call.in_types[3], g.dtype) +
-         weight_copy_bytes(call.in_types[1], g.dtype) + product_scratch_bytes(g, card);
+         weight_copy_bytes(call.in_types[1], g.dtype) + padded_product_scratch(g, card);
 }
 
 void run_dx(const OpCall& call, const Launch& launch) {
@@ -140,7 +217,7 @@ void run_dx(const OpCall& call, const Launch& launch) {
   auto* scratch = static_cast<std::byte*>(call.scratch);
   g.b = dense_weight(call.in_types[3], call.in[3], g.dtype, scratch, launch);
   g.w = dense_weight(call.in_types[1], call.in[1], g.dtype, scratch, launch);
-  product(g, scratch, launch);
+  padded_product(g, scratch, launch);
 }
 
 bool supports_dx(const OpCall& call) {
@@ -170,9 +247,7 @@ bool supports_da(const OpCall& call) {
 }
 
 std::int64_t scratch_da(const OpCall& call, const Card& card) {
-  const TokenSum p = token_sum_call(call);
-  return token_sum_scratch_bytes(p.left_dtype, p.right_dtype, p.rows, p.left_cols, p.right_cols,
-                                 card);
+  return token_sum_scratch_bytes(token_sum_call(call), card);
 }
 
 void run_da(const OpCall& call, const Launch& launch) {

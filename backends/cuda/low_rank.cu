@@ -4,7 +4,8 @@
 //   up     du[m, r]  = scale * sum_n dy[m, n] b[n, r]            A = dy, B = b
 //   tokens acc[i, j] += scale * sum_t left[t, i] drop(right)[t, j]
 //                                                   A = the wider side, or the one with dropout
-// BF16 operands take the tensor cores (low_rank_mma.cuh). F32 ones, and an F32 left beside a BF16
+// BF16 operands take the tensor cores: Hopper's for ranks from 32 on (low_rank_hopper.h), else
+// mma.sync (low_rank_mma.cuh). F32 ones, and an F32 left beside a BF16
 // right, take 64 x 64 tiles of multiply-adds here.
 //
 // The bytes of the wide operand bound the time, so slices exist to give every multiprocessor a
@@ -18,6 +19,7 @@
 
 #include <algorithm>
 
+#include "backends/cuda/low_rank_hopper.h"
 #include "backends/cuda/low_rank_mma.cuh"
 
 namespace nibble::cuda {
@@ -39,6 +41,7 @@ template <class T>
 __global__ __launch_bounds__(kFinishThreads) void finish_round(const float* sums, int slices,
                                                                std::int64_t count, float scale,
                                                                T* to) {
+  begin_kernel();
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x;
   if (i >= count) return;
   float sum = 0;
@@ -50,6 +53,7 @@ __global__ __launch_bounds__(kFinishThreads) void finish_round(const float* sums
 __global__ __launch_bounds__(kFinishThreads) void finish_add(const float* sums, int slices,
                                                              std::int64_t count, float scale,
                                                              float* acc) {
+  begin_kernel();
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x;
   if (i >= count) return;
   float sum = acc[i];
@@ -61,16 +65,14 @@ __global__ __launch_bounds__(kFinishThreads) void finish_add(const float* sums, 
 template <class T>
 void run_finish_round(const float* sums, std::int64_t slices, std::int64_t count, float scale,
                       void* to, const Launch& launch) {
-  finish_round<<<static_cast<unsigned>(ceil_div(count, kFinishThreads)), kFinishThreads, 0,
-                 launch.stream>>>(sums, static_cast<int>(slices), count, scale,
-                                  static_cast<T*>(to));
-  launched("finish_round");
+  start_kernel("finish_round", finish_round<T>,
+               static_cast<unsigned>(ceil_div(count, kFinishThreads)), kFinishThreads, 0, launch,
+               sums, static_cast<int>(slices), count, scale, static_cast<T*>(to));
 }
 void run_finish_add(const float* sums, std::int64_t slices, std::int64_t count, float scale,
                     float* acc, const Launch& launch) {
-  finish_add<<<static_cast<unsigned>(ceil_div(count, kFinishThreads)), kFinishThreads, 0,
-               launch.stream>>>(sums, static_cast<int>(slices), count, scale, acc);
-  launched("finish_add");
+  start_kernel("finish_add", finish_add, static_cast<unsigned>(ceil_div(count, kFinishThreads)),
+               kFinishThreads, 0, launch, sums, static_cast<int>(slices), count, scale, acc);
 }
 
 // -- Multiply-adds -----------------------------------------------------------------------------
@@ -146,6 +148,7 @@ struct PlainTile {
 
 template <class A, class B>
 __global__ __launch_bounds__(kPlainThreads) void plain_thin_product(PlainProduct<A, B> p) {
+  begin_kernel();
   __shared__ float a[kPlainK][kPlain + 4], b[kPlainK][kPlain + 4];
   const int y = static_cast<int>(threadIdx.x) / 16, x = static_cast<int>(threadIdx.x) % 16;
   PlainTile<A, B> tile{p,
@@ -186,8 +189,7 @@ void run_plain(const PlainProduct<A, B>& p, const Launch& launch) {
   const std::int64_t slices = p.add ? 1 : ceil_div(p.k, p.slice);
   const dim3 blocks(static_cast<unsigned>(ceil_div(p.m, kPlain)),
                     static_cast<unsigned>(ceil_div(p.n, kPlain)), static_cast<unsigned>(slices));
-  plain_thin_product<<<blocks, kPlainThreads, 0, launch.stream>>>(p);
-  launched("plain_thin_product");
+  start_kernel("plain_thin_product", plain_thin_product<A, B>, blocks, kPlainThreads, 0, launch, p);
 }
 
 constexpr std::int64_t kPlainSlice = 1024;  // channels
@@ -198,12 +200,9 @@ template <int kM, int kN, Order kOrderA, Order kOrderB>
 void launch_tiles(const Product& p, const Launch& launch) {
   using C = low_rank::Config<kM, kN>;
   const auto kernel = low_rank::thin_product<kM, kN, kOrderA, kOrderB>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes),
-        "thin_product");
   const dim3 blocks(static_cast<unsigned>(ceil_div(p.m, kM) * p.slice_blocks),
                     static_cast<unsigned>(ceil_div(p.n, kN)));
-  kernel<<<blocks, low_rank::kThreads, C::kSharedBytes, launch.stream>>>(p);
-  launched("thin_product");
+  start_kernel("thin_product", kernel, blocks, low_rank::kThreads, C::kSharedBytes, launch, p);
 }
 
 low_rank::Operand operand(const void* data, std::int64_t stride) {
@@ -370,35 +369,48 @@ void token_sum_plain(const TokenSum& p, Meet how, void* scratch, const Launch& l
   run_plain(q, launch);
 }
 
+ThinHopper on_hopper(const DownProduct& p) {
+  return {p.m, p.cols, p.rank, p.x, p.a, /*narrow_by_cols=*/false, p.scale, p.u};
+}
+ThinHopper on_hopper(const UpGradient& p) {
+  return {p.m, p.cols, p.rank, p.dy, p.b, /*narrow_by_cols=*/true, p.scale, p.du};
+}
+template <class P>
+bool takes_hopper(const P& p, const Card& card) {
+  return p.dtype == DType::BF16 && thin_hopper_supports(on_hopper(p), card);
+}
+
 }  // namespace
 
-std::int64_t down_scratch_bytes(DType dtype, std::int64_t m, std::int64_t cols, std::int64_t rank,
-                                const Card& card) {
-  return thin_scratch_bytes(dtype, m, cols, rank, card);
+std::int64_t down_scratch_bytes(const DownProduct& p, const Card& card) {
+  if (p.drop.p == 0 && takes_hopper(p, card)) return 0;
+  return thin_scratch_bytes(p.dtype, p.m, p.cols, p.rank, card);
 }
 void down_product(const DownProduct& p, void* scratch, const Launch& launch) {
+  if (p.drop.p == 0 && takes_hopper(p, *launch.card)) return thin_hopper(on_hopper(p), launch);
   thin<Order::k_along_rows>(p.dtype, {p.m, p.cols, p.rank, p.x, p.a, p.drop, p.scale, p.u}, scratch,
                             launch);
 }
 
-std::int64_t up_gradient_scratch_bytes(DType dtype, std::int64_t m, std::int64_t cols,
-                                       std::int64_t rank, const Card& card) {
-  return thin_scratch_bytes(dtype, m, cols, rank, card);
+std::int64_t up_gradient_scratch_bytes(const UpGradient& p, const Card& card) {
+  if (takes_hopper(p, card)) return 0;
+  return thin_scratch_bytes(p.dtype, p.m, p.cols, p.rank, card);
 }
 void up_gradient(const UpGradient& p, void* scratch, const Launch& launch) {
+  if (takes_hopper(p, *launch.card)) return thin_hopper(on_hopper(p), launch);
   thin<Order::k_down_rows>(p.dtype, {p.m, p.cols, p.rank, p.dy, p.b, {}, p.scale, p.du}, scratch,
                            launch);
 }
 
-std::int64_t token_sum_scratch_bytes(DType left_dtype, DType right_dtype, std::int64_t rows,
-                                     std::int64_t left_cols, std::int64_t right_cols,
-                                     const Card& card) {
-  const bool tensor_cores = on_tensor_cores(left_dtype, right_dtype);
-  if (meet(tensor_cores, rows, left_cols, right_cols, card) != Meet::scratch) return 0;
-  return ceil_div(rows, kTokenTile) * left_cols * right_cols * 4;
+std::int64_t token_sum_scratch_bytes(const TokenSum& p, const Card& card) {
+  if (token_sum_hopper_supports(p, card)) return 0;
+  const bool tensor_cores = on_tensor_cores(p.left_dtype, p.right_dtype);
+  if (meet(tensor_cores, p.rows, p.left_cols, p.right_cols, card) != Meet::scratch) return 0;
+  return ceil_div(p.rows, kTokenTile) * p.left_cols * p.right_cols * 4;
 }
 void token_sum(const TokenSum& p, void* scratch, const Launch& launch) {
   if (p.rows == 0) return;
+  if (token_sum_hopper_supports(p, *launch.card)) return token_sum_hopper(p, launch);
   const bool tensor_cores = on_tensor_cores(p.left_dtype, p.right_dtype);
   const Meet how = meet(tensor_cores, p.rows, p.left_cols, p.right_cols, *launch.card);
   if (tensor_cores) {

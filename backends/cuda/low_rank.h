@@ -1,6 +1,8 @@
 // The thin products of an adapter (rank r up to a few hundred against thousands of channels) and
 // the parameter gradients: sums over channels or over tokens whose other side is narrow.
 //
+// Scratch depends on dtypes, shapes and whether there is dropout, never on addresses.
+//
 // All in F32 with one rounding at the store. Sums over tokens run in tiles of 512 rows, in order:
 // acc = acc + tile_sum.
 #pragma once
@@ -20,8 +22,7 @@ struct DownProduct {
   float scale;
   void* u;
 };
-std::int64_t down_scratch_bytes(DType dtype, std::int64_t m, std::int64_t cols, std::int64_t rank,
-                                const Card& card);
+std::int64_t down_scratch_bytes(const DownProduct& p, const Card& card);
 void down_product(const DownProduct& p, void* scratch, const Launch& launch);
 
 // du[m, r] = scale * sum_n dy[m, n] b[n, r]; dy [m, cols], b [cols, r] row major.
@@ -33,8 +34,7 @@ struct UpGradient {
   float scale;
   void* du;
 };
-std::int64_t up_gradient_scratch_bytes(DType dtype, std::int64_t m, std::int64_t cols,
-                                       std::int64_t rank, const Card& card);
+std::int64_t up_gradient_scratch_bytes(const UpGradient& p, const Card& card);
 void up_gradient(const UpGradient& p, void* scratch, const Launch& launch);
 
 // acc[i, j] += scale * sum_t left[t, i] drop(right)[t, j]; acc F32 [left_cols, right_cols].
@@ -50,9 +50,7 @@ struct TokenSum {
   float* acc;
   std::int64_t left_stride = 0;  // elements, a row readable to it; 0: rows are contiguous
 };
-std::int64_t token_sum_scratch_bytes(DType left_dtype, DType right_dtype, std::int64_t rows,
-                                     std::int64_t left_cols, std::int64_t right_cols,
-                                     const Card& card);
+std::int64_t token_sum_scratch_bytes(const TokenSum& p, const Card& card);
 void token_sum(const TokenSum& p, void* scratch, const Launch& launch);
 
 }  // namespace nibble::cuda

@@ -464,6 +464,7 @@ inline constexpr int kBlocksAtOnce = 2;
 template <int kM, int kN, Order kOrderA, Order kOrderB>
 __global__ __launch_bounds__(kThreads, kBlocksAtOnce<kN>) void thin_product(
     const __grid_constant__ Product p) {
+  begin_kernel();
   extern __shared__ __align__(128) unsigned char memory[];
   const int tile = static_cast<int>(blockIdx.x) / p.slice_blocks;
   const int first = static_cast<int>(blockIdx.x) % p.slice_blocks;

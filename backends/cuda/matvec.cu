@@ -14,8 +14,8 @@
 // block's tiles are done, and are then added in the order of channels: there is no barrier inside.
 // Where the card has it, a launch starts while the kernel before is ending: the tables and the
 // first weights, which no kernel writes, are fetched then, and the rest waits for the kernel
-// before. Measured on an H100 with m = 1: 65 % of that memory's rate for [44032, 4096]; the four
-// launches of a layer of Llama-2-7B take 64 us, 54 %. L1, where table, codes and x meet, is then
+// before. Measured on an H100 with m = 1: 72 % of that memory's rate for [44032, 4096]; the four
+// launches of a layer of Llama-2-7B take 59 us, 59 %. L1, where table, codes and x meet, is then
 // busiest. Blocks of 32, rows of an odd number of half blocks and very long rows take the other
 // route.
 //
@@ -136,6 +136,7 @@ template <class Decoder, class T, int kTokens>
 __global__ void __launch_bounds__(kRowThreads)
     rows_kernel(const __grid_constant__ Calls<Decoder> p,
                 const __grid_constant__ typename Decoder::Tables tables) {
+  begin_kernel();
   constexpr int kRows = kTokens == 1 ? 1 : 4;
   constexpr int kAhead = kTokens == 1 ? 4 : 1;  // units of a row in flight
   static_assert(kRows * kTokens <= kWarp);
@@ -215,8 +216,8 @@ __global__ void __launch_bounds__(kRowThreads)
 // ---- codebook
 
 constexpr int kTileRows = 8;
-constexpr int kCodebookWarps = 12;
-constexpr int kCodebookThreads = kCodebookWarps * kWarp;
+// For one token fewer warps, whose registers hold what comes next while they work.
+constexpr int codebook_warps(int tokens) { return tokens == 1 ? 10 : 12; }
 // A run is 32 channels of a row, what a lane loads at once. A step is 8 runs of each row of the
 // tile: a lane has run q and run 4 + q of row g, where g = lane / 4 and q = lane % 4.
 constexpr int kRun = 32, kStepRuns = 8, kPieceSteps = 2;
@@ -237,22 +238,9 @@ constexpr int blocks_per_processor(int tokens) { return tokens > 4 ? 1 : 2; }
 // How the work of a launch is cut; see CodebookPlace.
 struct CodebookPlan {
   int row_runs, row_pieces;
-  int step_tiles, step_pieces;  // kCodebookWarps pieces further
+  int step_tiles, step_pieces;  // the number of warps in pieces further
   int round_tiles;              // tiles of a block whose partial sums fit at once
 };
-
-// Until the kernels before this one are done and what they wrote is visible.
-__device__ inline void wait_for_predecessor() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-// The next kernel may set itself up, if its launch asks to start early.
-__device__ inline void admit_successor() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
 
 // Read once: kept out of L1, where x stays.
 __device__ inline uint4 load_once(const void* from) {
@@ -391,9 +379,11 @@ __device__ inline void low_rank_tile(const Calls<CodebookDecoder>& p, int tile, 
 // so that one load serves a step; 4 tokens have two columns each, 8 have two products. What parts
 // that do not belong together give is not read.
 template <bool kDoubleQuant, int kTokens>
-__global__ void __launch_bounds__(kCodebookThreads, blocks_per_processor(kTokens))
+__global__ void __launch_bounds__(codebook_warps(kTokens) * kWarp, blocks_per_processor(kTokens))
     codebook_kernel(const __grid_constant__ Calls<CodebookDecoder> p, const CodebookPlan plan,
                     const __grid_constant__ CodebookTables tables) {
+  constexpr int kCodebookWarps = codebook_warps(kTokens);
+  constexpr int kCodebookThreads = kCodebookWarps * kWarp;
   constexpr bool kWide = kTokens > 4;
   constexpr int kProducts = kWide ? 2 : 1;
   extern __shared__ __align__(256) std::uint8_t memory[];
@@ -539,8 +529,13 @@ __global__ void __launch_bounds__(kCodebookThreads, blocks_per_processor(kTokens
       }
 #pragma unroll
       for (int s = 0; s < kPieceSteps; ++s) {
-        if (run0 + s * kStepRuns < row_runs) multiply(steps[s], now.call, run0 + s * kStepRuns);
-        if (more && s * kStepRuns < source.runs) source.load(s, quarter, steps[s]);
+        const auto refill = [&] {
+          if (more && s * kStepRuns < source.runs) source.load(s, quarter, steps[s]);
+        };
+        const CodebookStep step = steps[s];
+        if constexpr (kTokens == 1) refill();
+        if (run0 + s * kStepRuns < row_runs) multiply(step, now.call, run0 + s * kStepRuns);
+        if constexpr (kTokens > 1) refill();
       }
       // Lane q has columns 2 q and 2 q + 1 of row `line` (0, 1) and of the row 8 further down.
       // Words 0 and 1, words 2 and 3, these two, and the runs are added in this order.
@@ -643,18 +638,8 @@ void launch_rows(const MatVec* calls, int count, unsigned chosen, DType dtype,
   const auto p = collect<Decoder>(calls, count, chosen, kRows);
   const auto blocks = static_cast<unsigned>(p.first[p.count]);
   if (blocks == 0) return;
-  rows_kernel<Decoder, T, kTokens>
-      <<<blocks, kRowThreads, 0, launch.stream>>>(p, tables_of<typename Decoder::Tables>(dtype));
-  launched("matvec");
-}
-
-// Whether device code knows how to wait for the kernel before it.
-template <class F>
-bool can_start_early(F* kernel) {
-  static_assert(std::is_function_v<F>);
-  cudaFuncAttributes attributes{};
-  check(cudaFuncGetAttributes(&attributes, kernel), "matvec");
-  return attributes.ptxVersion >= 90;
+  start_kernel("matvec", rows_kernel<Decoder, T, kTokens>, blocks, kRowThreads, 0, launch, p,
+               tables_of<typename Decoder::Tables>(dtype));
 }
 
 template <bool kDoubleQuant, int kTokens>
@@ -663,29 +648,17 @@ void launch_codebook(const MatVec* calls, int count, unsigned chosen, DType dtyp
   const auto p = collect<CodebookDecoder>(calls, count, chosen, kTileRows);
   const int tiles = p.first[p.count];
   if (tiles == 0) return;
-  constexpr auto* kernel = codebook_kernel<kDoubleQuant, kTokens>;
-  static const bool early = can_start_early(kernel);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             sizeof(CodebookShared)),
-        "matvec");
+  constexpr int kCodebookWarps = codebook_warps(kTokens);
   CodebookPlan plan{};
   plan.row_runs = static_cast<int>(p.cols / kRun);
   plan.row_pieces = static_cast<int>(ceil_div(plan.row_runs, kPieceRuns));
   plan.step_tiles = kCodebookWarps / plan.row_pieces;
   plan.step_pieces = kCodebookWarps % plan.row_pieces;
   plan.round_tiles = kPartials / ((plan.row_pieces + 1) * p.m * kTileRows);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(
-      std::min(tiles, blocks_per_processor(kTokens) * launch.card->multiprocessors)));
-  config.blockDim = dim3(kCodebookThreads);
-  config.dynamicSmemBytes = sizeof(CodebookShared);
-  config.stream = launch.stream;
-  config.attrs = &attribute;
-  config.numAttrs = early && launch.card->capability >= 90 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, p, plan, tables_of<CodebookTables>(dtype)), "matvec");
+  const auto blocks = static_cast<unsigned>(
+      std::min(tiles, blocks_per_processor(kTokens) * launch.card->multiprocessors));
+  start_kernel("matvec", codebook_kernel<kDoubleQuant, kTokens>, blocks, kCodebookWarps * kWarp,
+               sizeof(CodebookShared), launch, p, plan, tables_of<CodebookTables>(dtype));
 }
 
 // Calls of one weight dtype and one route share a launch.

@@ -17,6 +17,7 @@ constexpr int kThreads = 256;
 
 __global__ __launch_bounds__(kThreads) void block_squares_kernel(const float* x, std::int64_t count,
                                                                  double* partial) {
+  begin_kernel();
   constexpr int kPacks = kBlock / (4 * kThreads);
   const std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * kBlock;
   Run<float, 4> packs[kPacks];
@@ -46,6 +47,7 @@ __global__ __launch_bounds__(kThreads) void block_squares_kernel(const float* x,
 // One block of threads: all fetch, one adds in order.
 __global__ __launch_bounds__(kThreads) void add_sums_kernel(const double* partial,
                                                             std::int64_t blocks, double* acc) {
+  begin_kernel();
   __shared__ double sums[kThreads];
   double total = threadIdx.x == 0 ? *acc : 0;
   for (std::int64_t begin = 0; begin < blocks; begin += kThreads) {
@@ -75,11 +77,10 @@ void run_sum_squares(const OpCall& call, const Launch& launch) {
   const std::int64_t blocks = ceil_div(count, kBlock);
   if (blocks == 0) return;
   auto* partial = static_cast<double*>(call.scratch);
-  block_squares_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, launch.stream>>>(
-      call.input<float>(1), count, partial);
-  launched("sum_squares");
-  add_sums_kernel<<<1, kThreads, 0, launch.stream>>>(partial, blocks, call.output<double>(0));
-  launched("sum_squares");
+  start_kernel("sum_squares", block_squares_kernel, static_cast<unsigned>(blocks), kThreads, 0,
+               launch, call.input<float>(1), count, partial);
+  start_kernel("sum_squares", add_sums_kernel, 1, kThreads, 0, launch, partial, blocks,
+               call.output<double>(0));
 }
 
 struct Adamw {
@@ -98,6 +99,7 @@ __device__ float gradient_factor(const Adamw& p) {
 }
 
 __global__ __launch_bounds__(kThreads) void adamw_step_kernel(Adamw p) {
+  begin_kernel();
   constexpr int kPerBlock = 4 * kThreads;
   static_assert(kBlock % kPerBlock == 0);
   __shared__ float shared_factor;
@@ -141,8 +143,7 @@ void run_adamw(const OpCall& call, const Launch& launch) {
                 .norm = call.input<double>(6)};
   const std::int64_t blocks = call.in_types[0].elements() / (4 * kThreads);
   if (blocks == 0) return;
-  adamw_step_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, launch.stream>>>(p);
-  launched("adamw");
+  start_kernel("adamw", adamw_step_kernel, static_cast<unsigned>(blocks), kThreads, 0, launch, p);
 }
 
 }  // namespace

@@ -75,6 +75,7 @@ __device__ bool keeps(const DropoutArgs& keep, std::int64_t row, std::int64_t co
 
 template <class T, class Y>
 __global__ void plain_product(Operands<T> in, Gemm g) {
+  begin_kernel();
   const bool n_by_k = g.layout == WeightLayout::n_by_k;
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.y) * kTile + threadIdx.y;
   const std::int64_t col = static_cast<std::int64_t>(blockIdx.x) * kTile + threadIdx.x;
@@ -93,8 +94,7 @@ void launch_plain(const Gemm& g, const Launch& launch) {
                     static_cast<unsigned>(ceil_div(g.m, kTile)));
   const Operands<T> in{static_cast<const T*>(g.x), static_cast<const T*>(g.w),
                        static_cast<const T*>(g.u), static_cast<const T*>(g.b)};
-  plain_product<T, Y><<<blocks, dim3(kTile, kTile), 0, launch.stream>>>(in, g);
-  launched("plain_product");
+  start_kernel("plain_product", plain_product<T, Y>, blocks, dim3(kTile, kTile), 0, launch, in, g);
 }
 
 void product_plain(const Gemm& g, const Launch& launch) {
@@ -109,6 +109,7 @@ void product_plain(const Gemm& g, const Launch& launch) {
 template <class T>
 __global__ void drop_low(T* y, std::int64_t m, std::int64_t n, std::int64_t stride,
                          DropoutArgs keep) {
+  begin_kernel();
   const std::int64_t groups = (n + 3) / 4;
   const std::int64_t at = static_cast<std::int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x);
@@ -139,10 +140,9 @@ void product_library(const Gemm& g, void* workspace, const Launch& launch) {
                         static_cast<unsigned>(ceil_div(ceil_div(g.n, 4), 128)));
       with_type(g.y_dtype, [&](auto type) {
         using T = decltype(type);
-        drop_low<<<blocks, 128, 0, launch.stream>>>(static_cast<T*>(g.y), g.m, g.n, g.y_stride,
-                                                    g.keep);
+        start_kernel("drop_low", drop_low<T>, blocks, 128, 0, launch, static_cast<T*>(g.y), g.m,
+                     g.n, g.y_stride, g.keep);
       });
-      launched("drop_low");
     }
   }
   launch.blas->run(main, g.alpha, g.x, g.w, g.y, workspace, launch.stream);

@@ -228,6 +228,7 @@ constexpr int kWarpRows = 4;  // rows of a block of threads when each warp has o
 template <class Body, int kThreads, int kPacks>
 __global__ __launch_bounds__(kThreads == kWarp ? kWarp * kWarpRows : kThreads,
                              kThreads == 512 ? 2 : 7) void row_kernel(Body p) {
+  begin_kernel();
   constexpr int kWidth = kPackWidth<typename Body::Element>;
   std::int64_t row = blockIdx.x;
   if constexpr (kThreads == kWarp) {
@@ -269,6 +270,7 @@ constexpr int kWideThreads = 512;
 // A block of threads per row of any width; runs of kWidth elements, read twice by the same thread.
 template <class Body, int kWidth>
 __global__ __launch_bounds__(kWideThreads, 2) void wide_row_kernel(Body p) {
+  begin_kernel();
   const std::int64_t runs = p.cols / kWidth;
   const std::int64_t base = blockIdx.x * p.cols;
   float sums[Body::kSums] = {};
@@ -294,18 +296,17 @@ void launch_rows(const char* name, const Body& body, const Launch& launch) {
   const auto rows = static_cast<unsigned>(body.rows);
   const std::int64_t packs = body.cols / kWidth;
   if (body.cols % kWidth != 0) {
-    wide_row_kernel<Body, 1><<<rows, kWideThreads, 0, launch.stream>>>(body);
+    start_kernel(name, wide_row_kernel<Body, 1>, rows, kWideThreads, 0, launch, body);
   } else if (packs <= 128) {
     const auto blocks = static_cast<unsigned>(ceil_div(body.rows, kWarpRows));
-    row_kernel<Body, kWarp, 4><<<blocks, kWarp * kWarpRows, 0, launch.stream>>>(body);
+    start_kernel(name, row_kernel<Body, kWarp, 4>, blocks, kWarp * kWarpRows, 0, launch, body);
   } else if (packs <= 512) {
-    row_kernel<Body, 128, 4><<<rows, 128, 0, launch.stream>>>(body);
+    start_kernel(name, row_kernel<Body, 128, 4>, rows, 128, 0, launch, body);
   } else if (packs <= 1024) {
-    row_kernel<Body, 512, 2><<<rows, 512, 0, launch.stream>>>(body);
+    start_kernel(name, row_kernel<Body, 512, 2>, rows, 512, 0, launch, body);
   } else {
-    wide_row_kernel<Body, kWidth><<<rows, kWideThreads, 0, launch.stream>>>(body);
+    start_kernel(name, wide_row_kernel<Body, kWidth>, rows, kWideThreads, 0, launch, body);
   }
-  launched(name);
 }
 
 constexpr int kTile = 512;  // rows summed before dw is touched
@@ -318,6 +319,7 @@ template <class T, int kWidth>
 __global__ __launch_bounds__(kThreads) void inverse_rms_kernel(const T* x, std::int64_t rows,
                                                                std::int64_t cols, float eps,
                                                                float* r) {
+  begin_kernel();
   const int lane = threadIdx.x % kWarp;
   const std::int64_t row =
       static_cast<std::int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
@@ -341,6 +343,7 @@ template <class T>
 __global__ __launch_bounds__(kThreads) void chunk_sums_kernel(const T* x, const T* dy,
                                                               const float* r, std::int64_t rows,
                                                               std::int64_t cols, float* partial) {
+  begin_kernel();
   const std::int64_t c = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (c >= cols) return;
   const std::int64_t begin = static_cast<std::int64_t>(blockIdx.y) * kChunk;
@@ -356,6 +359,7 @@ __global__ __launch_bounds__(kThreads) void chunk_sums_kernel(const T* x, const 
 __global__ __launch_bounds__(kThreads) void add_tiles_kernel(const float* partial,
                                                              std::int64_t chunks, std::int64_t cols,
                                                              float* acc) {
+  begin_kernel();
   const std::int64_t c = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (c >= cols) return;
   float total = acc[c];
@@ -451,16 +455,13 @@ void run_dw(const OpCall& call, const Launch& launch) {
     const T *x = call.input<T>(1), *dy = call.input<T>(2);
     const auto find_r =
         cols % kPackWidth<T> == 0 ? inverse_rms_kernel<T, kPackWidth<T>> : inverse_rms_kernel<T, 1>;
-    find_r<<<row_blocks, kThreads, 0, launch.stream>>>(x, rows, cols, eps, r);
-    launched("rms_norm_dw");
-    chunk_sums_kernel<T>
-        <<<dim3(column_blocks, static_cast<unsigned>(chunks)), kThreads, 0, launch.stream>>>(
-            x, dy, r, rows, cols, partial);
-    launched("rms_norm_dw");
+    start_kernel("rms_norm_dw", find_r, row_blocks, kThreads, 0, launch, x, rows, cols, eps, r);
+    start_kernel("rms_norm_dw", chunk_sums_kernel<T>,
+                 dim3(column_blocks, static_cast<unsigned>(chunks)), kThreads, 0, launch, x, dy, r,
+                 rows, cols, partial);
   });
-  add_tiles_kernel<<<column_blocks, kThreads, 0, launch.stream>>>(partial, chunks, cols,
-                                                                  call.output<float>(0));
-  launched("rms_norm_dw");
+  start_kernel("rms_norm_dw", add_tiles_kernel, column_blocks, kThreads, 0, launch, partial, chunks,
+               cols, call.output<float>(0));
 }
 
 // Both steps of a fused pair work on activations of one type and shape, with factors that need no

@@ -95,6 +95,7 @@ struct PairRun {
 
 template <class T, int kWidth, RopePairs kLayout>
 __global__ __launch_bounds__(kMaxThreads) void rotate_kernel(Rope<T> p) {
+  begin_kernel();
   alignas(16) __shared__ float cosines[kPairs];
   alignas(16) __shared__ float sines[kPairs];
   const std::int64_t row = blockIdx.x;
@@ -140,8 +141,7 @@ void launch_width(const Rope<T>& p, std::int64_t rows, const Launch& launch) {
   const std::int64_t threads = ceil_div(runs, ceil_div(runs, kMaxThreads));
   const dim3 grid(static_cast<unsigned>(rows), static_cast<unsigned>(ceil_div(pairs, kPairs)));
   const auto block = static_cast<unsigned>(ceil_div(threads, kWarp) * kWarp);
-  rotate_kernel<T, kWidth, kLayout><<<grid, block, 0, launch.stream>>>(p);
-  launched("rope");
+  start_kernel("rope", rotate_kernel<T, kWidth, kLayout>, grid, block, 0, launch, p);
 }
 
 // 16 bytes at a time where the pairs of a head come in whole packs, else pair by pair.

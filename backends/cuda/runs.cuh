@@ -83,6 +83,7 @@ inline constexpr int kRunsPerThread = 2;
 
 template <class Body>
 __global__ __launch_bounds__(kRunThreads) void for_each_run_kernel(Body body, std::int64_t count) {
+  begin_kernel();
   constexpr int kWidth = Body::kWidth;
   const std::int64_t runs = count / kWidth;
   const std::int64_t first =
@@ -109,9 +110,8 @@ void for_each_run(const char* name, const Body& body, std::int64_t count, const 
   static_assert(Body::kWidth <= kRunThreads);  // the last block's threads cover the rest
   if (count == 0) return;
   const std::int64_t per_block = std::int64_t{kRunThreads} * kRunsPerThread * Body::kWidth;
-  for_each_run_kernel<<<static_cast<unsigned>(ceil_div(count, per_block)), kRunThreads, 0,
-                        launch.stream>>>(body, count);
-  launched(name);
+  start_kernel(name, for_each_run_kernel<Body>, static_cast<unsigned>(ceil_div(count, per_block)),
+               kRunThreads, 0, launch, body, count);
 }
 
 }  // namespace nibble::cuda

@@ -171,6 +171,7 @@ std::vector<Sample> samples_dx() {
   return {sample_dx("odd", 3, 4, 5),
           sample_dx("one row", 1, 70, 256),
           sample_dx("edge tiles", 67, 97, 320),
+          sample_dx("many rows, narrow", 2049, 136, 40),
           {"from a statistic",
            {{Role::statistic, {13, 33}}, {Role::weight, {33, 32}}},
            [](Graph&, std::span<const Tensor> in) { return linear_dx(in[0], in[1]); },
@@ -189,6 +190,8 @@ std::vector<Sample> samples_dw() {
   return {sample_dw("odd", Role::activation, 3, 4, 5),
           sample_dw("one tile", Role::activation, 512, 17, 33),
           sample_dw("three tiles", Role::activation, 1025, 16, 70),
+          sample_dw("whole packs", Role::activation, 1030, 168, 40),
+          sample_dw("very wide", Role::activation, 70, 8512, 40),
           sample_dw("from a statistic", Role::statistic, 513, 37, 9)};
 }
 

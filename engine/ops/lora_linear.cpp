@@ -299,7 +299,9 @@ std::vector<Sample> samples() {
           sample("one row", Role::parameter, 0, {1, 33, 256, 16}),
           sample("edge tiles, dropout", Role::parameter, 0.1f, {67, 45, 160, 9}),
           sample("several chunks, dropout", Role::parameter, 0.5f, {1030, 19, 64, 8}),
-          sample("short last chunk, dropout", Role::parameter, 0.1f, {543, 16, 1024, 4})};
+          sample("short last chunk, dropout", Role::parameter, 0.1f, {543, 16, 1024, 4}),
+          sample("many rows", Role::parameter, 0, {2049, 24, 72, 40}),
+          sample("many rows, wide adapter", Role::parameter, 0, {2080, 16, 136, 72})};
 }
 
 Sample sample_y(std::string_view label, Dims d) {
@@ -352,9 +354,12 @@ Sample sample_da(std::string_view label, float p, Dims d) {
 }
 
 std::vector<Sample> samples_da() {
-  return {sample_da("tiny", 0, {3, 0, 5, 2}), sample_da("tiny, dropout", 0.25f, {4, 0, 7, 2}),
+  return {sample_da("tiny", 0, {3, 0, 5, 2}),
+          sample_da("tiny, dropout", 0.25f, {4, 0, 7, 2}),
           sample_da("one tile", 0, {512, 0, 70, 16}),
-          sample_da("three tiles, dropout", 0.1f, {1025, 0, 70, 9})};
+          sample_da("three tiles, dropout", 0.1f, {1025, 0, 70, 9}),
+          sample_da("whole packs", 0, {1030, 0, 168, 40}),
+          sample_da("wide adapter", 0, {600, 0, 136, 136})};
 }
 
 }  // namespace

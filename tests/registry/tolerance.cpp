@@ -36,17 +36,18 @@ double tolerance(DType compute, DType out, std::int64_t reduction, double magnit
          kTermRounding * eps * std::sqrt(static_cast<double>(reduction)) * std::max(magnitude, 1.0);
 }
 
-double operand_roundings(OpId op) {
+double operand_roundings(OpId op, bool tensor_cores) {
   switch (op) {
+    case OpId::lora_linear:
+      return 1;
     case OpId::attention:
     case OpId::attention_backward:
     case OpId::attention_cached:
     case OpId::linear_cross_entropy:
     case OpId::linear_cross_entropy_dw:
-    case OpId::lora_linear:
     case OpId::lora_linear_y:
     case OpId::lora_linear_dx:
-      return 1;
+      return tensor_cores ? 1 : 0;
     default:
       return 0;
   }
@@ -65,8 +66,9 @@ std::string compare(const Case& c, DType out, std::span<const double> got,
   }
   double magnitude = 0;
   for (const double v : wanted) magnitude = std::max(magnitude, std::abs(v));
-  const double roundings =
-      rounds_operands ? operand_roundings(c.op) * 0x1p-9 * std::max(magnitude, 1.0) : 0;
+  const double roundings = c.compute == DType::BF16 ? operand_roundings(c.op, rounds_operands) *
+                                                          0x1p-9 * std::max(magnitude, 1.0)
+                                                    : 0;
   for (std::size_t i = 0; i < got.size(); ++i) {
     const double allowed =
         slack * (tolerance(c.compute, out, c.sample.reduction, magnitude, wanted[i]) + roundings);

@@ -10,9 +10,10 @@
 // the largest reference value of the output, and at least 1: sample inputs are of order one, so
 // terms are too, also where they cancel.
 //
-// On tensor cores in BF16 a third part pays for what an op must round between two of its products
-// (attention's probabilities, the logits' gradient, an adapter's part where the library computes
-// it): operand_roundings(op) roundings of relative size 2^-9 to values of that magnitude.
+// In BF16 a third part pays for what an op must round between two of its products: lora_linear's u
+// everywhere, and on tensor cores attention's probabilities, the logits' gradient, an adapter's
+// part where the library computes it. These are operand_roundings(op) roundings of relative size
+// 2^-9 to values of that magnitude.
 #pragma once
 
 #include <array>
@@ -34,7 +35,7 @@ inline constexpr double kGradientTolerance = 1e-6;
 
 double ulp(DType dtype, double value);
 double tolerance(DType compute, DType out, std::int64_t reduction, double magnitude, double value);
-double operand_roundings(OpId op);
+double operand_roundings(OpId op, bool tensor_cores);
 
 // The largest error seen, as a share of the tolerance: by compute dtype.
 using WorstRatios = std::map<DType, double>;
