@@ -52,7 +52,8 @@ Decoder::Program Decoder::add_program(const Model& model, std::int64_t rows) con
           {id.node, 1}};
 }
 
-void Decoder::run(const Program& program, std::span<const std::int32_t> tokens) {
+void Decoder::run(const Program& program, std::span<const std::int32_t> tokens,
+                  const Executable::Hook& hook) {
   const std::string suffix = program.rows == 1 ? ".token" : ".prompt";
   std::vector<std::int32_t> ids(tokens.begin(), tokens.end());
   ids.resize(static_cast<std::size_t>(program.rows));
@@ -64,11 +65,16 @@ void Decoder::run(const Program& program, std::span<const std::int32_t> tokens) 
   runtime_.write("decode.positions" + suffix, std::span<const std::int32_t>(positions));
   runtime_.write("decode.position", std::span<const std::int32_t>(&position, 1));
   runtime_.write("decode.last", std::span<const std::int32_t>(&last, 1));
-  runtime_.run(program.number);
+  if (hook) {
+    runtime_.run_checked(program.number, hook);
+  } else {
+    runtime_.run(program.number);
+  }
   position_ += static_cast<std::int64_t>(tokens.size());
 }
 
-const Decoder::Program& Decoder::run_all(std::span<const std::int32_t> tokens) {
+const Decoder::Program& Decoder::run_all(std::span<const std::int32_t> tokens,
+                                         const Executable::Hook& hook) {
   if (tokens.empty()) throw Error("there is no token to continue from: the prompt is empty");
   if (position_ + static_cast<std::int64_t>(tokens.size()) > context_) {
     throw Error("the context of " + std::to_string(context_) +
@@ -78,14 +84,14 @@ const Decoder::Program& Decoder::run_all(std::span<const std::int32_t> tokens) {
   while (!tokens.empty()) {
     ran = tokens.size() == 1 ? &token_ : &prompt_;
     const auto count = std::min(tokens.size(), static_cast<std::size_t>(ran->rows));
-    run(*ran, tokens.first(count));
+    run(*ran, tokens.first(count), hook);
     tokens = tokens.subspan(count);
   }
   return *ran;
 }
 
 const std::vector<float>& Decoder::append(std::span<const std::int32_t> tokens) {
-  const Program& ran = run_all(tokens);
+  const Program& ran = run_all(tokens, {});
   const TensorType& type = runtime_.graph(ran.number).type(ran.logits);
   std::vector<std::byte> host(static_cast<std::size_t>(bytes(type)));
   runtime_.read(ran.number, ran.logits, host);
@@ -94,11 +100,12 @@ const std::vector<float>& Decoder::append(std::span<const std::int32_t> tokens) 
   return logits_;
 }
 
-Decoder::Choice Decoder::choose(std::span<const std::int32_t> tokens, std::uint64_t index) {
+Decoder::Choice Decoder::choose(std::span<const std::int32_t> tokens, std::uint64_t index,
+                                const Executable::Hook& hook) {
   const std::array<std::int64_t, 2> rng = {static_cast<std::int64_t>(sample_.seed ^ kSampleStream),
                                            static_cast<std::int64_t>(index)};
   runtime_.write("decode.rng", std::span<const std::int64_t>(rng));
-  const Program& ran = run_all(tokens);
+  const Program& ran = run_all(tokens, hook);
   Choice choice{};
   runtime_.read(ran.number, ran.id, std::as_writable_bytes(std::span(&choice.id, 1)));
   if (choice.id < 0) {

@@ -38,8 +38,10 @@ class Decoder {
     float logprob;  // natural log, of the unmodified distribution
   };
   // Appends tokens and chooses what follows the last one: token number `index` of a generation.
-  // Throws Error when the context is full, and for logits that are not finite.
-  Choice choose(std::span<const std::int32_t> tokens, std::uint64_t index);
+  // Throws Error when the context is full, and for logits that are not finite. With a hook the
+  // steps run one by one, and it sees each.
+  Choice choose(std::span<const std::int32_t> tokens, std::uint64_t index,
+                const Executable::Hook& hook = {});
   std::int64_t position() const { return position_; }
   std::int64_t context() const { return context_; }
 
@@ -50,8 +52,9 @@ class Decoder {
     Ref logits, id, logprob;
   };
   Program add_program(const Model& model, std::int64_t rows) const;
-  void run(const Program& program, std::span<const std::int32_t> tokens);
-  const Program& run_all(std::span<const std::int32_t> tokens);
+  void run(const Program& program, std::span<const std::int32_t> tokens,
+           const Executable::Hook& hook);
+  const Program& run_all(std::span<const std::int32_t> tokens, const Executable::Hook& hook);
 
   Runtime& runtime_;
   DType compute_;

@@ -146,7 +146,8 @@ void add_bench_flags(CLI::App& command, BenchRequest& r) {
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
   command.add_flag("--ops", r.ops,
-                   "train: every kernel of a step: time, bytes, FLOP/s, share of the peak");
+                   "every kernel of a step, or of a token and the prompt: time, bytes, FLOP/s, "
+                   "share of the peak");
   command.add_flag("--json", r.json, "JSON lines");
 }
 

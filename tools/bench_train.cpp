@@ -294,18 +294,38 @@ int bench_decode(const BenchRequest& r, std::ostream& out, std::ostream&) {
   }
   const double prompt_rate = static_cast<double>(r.prompt) / prompt_seconds;
   const double rate = 1 / median(seconds);
+  const std::int64_t allocated = s.backend->allocated_bytes();
+  const std::string description = s.backend->info().description;
+  KernelTable token_table(static_cast<double>(r.prompt)), prompt_table(token_table);
+  MachineRates peak;
+  if (r.ops) {
+    s.decoder->reset();
+    s.decoder->choose(prompt, 0, prompt_table.hook());
+    s.decoder->choose({prompt.data(), 1}, 0, token_table.hook());
+    s.decoder.reset();
+    s.trainer.reset();
+    s.loaded.reset();
+    s.backend.reset();
+    peak = machine_rates(*open_backend(r.where, 0),
+                         r.where.threads > 0 ? r.where.threads : os::physical_cores(), r.prompt,
+                         r.peak_seconds);
+  }
   if (r.json) {
-    out << Json{{"prompt_tokens_per_s", prompt_rate},
-                {"tokens_per_s", rate},
-                {"seconds", median(seconds)},
-                {"peak_bytes", s.backend->allocated_bytes()}}
-               .dump()
-        << "\n";
+    Json row = {
+        {"model", r.model},     {"device", description},      {"prompt_tokens_per_s", prompt_rate},
+        {"tokens_per_s", rate}, {"seconds", median(seconds)}, {"peak_bytes", allocated}};
+    if (r.ops) row["kernels"] = token_table.json(peak);
+    out << row.dump() << "\n";
   } else {
     out << format("prompt %.0f tokens/s, decode %.1f tokens/s (median of %lld), %s, %s\n",
-                  prompt_rate, rate, static_cast<long long>(r.tokens),
-                  size_text(s.backend->allocated_bytes()).c_str(),
-                  s.backend->info().description.c_str());
+                  prompt_rate, rate, static_cast<long long>(r.tokens), size_text(allocated).c_str(),
+                  description.c_str());
+    if (r.ops) {
+      out << "a token:\n";
+      token_table.print(peak, out);
+      out << "the prompt:\n";
+      prompt_table.print(peak, out);
+    }
   }
   return 0;
 }
