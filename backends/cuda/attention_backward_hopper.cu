@@ -226,7 +226,8 @@ __device__ void compute_queries(const Args& args, QueriesShared<kHeadDim>& share
   Ring ring;
   for (int q_parity = 0;; q_parity ^= 1) {
     shared.q_full[consumer].wait(q_parity);
-    const int number = __shfl_sync(~0u, shared.tile[consumer], 0);
+    // Read by the lane that will release it.
+    const int number = __shfl_sync(~0u, lane == 0 ? shared.tile[consumer] : 0, 0);
     if (number < 0) break;
     const QueryTile<kRows> tile(number, args.rows, args.heads, args.span_begin);
     const int first_row = tile.first_row + 64 * consumer;

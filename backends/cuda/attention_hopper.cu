@@ -140,7 +140,8 @@ __device__ void compute_tiles(const Args& args, Shared<kHeadDim, kConsumers>& sh
 
   for (Ring q, k, v;; q.advance()) {
     shared.q_full[q.stage].wait(q.parity);
-    const int number = __shfl_sync(~0u, shared.tile[q.stage], 0);
+    // Read by the lane that will release it.
+    const int number = __shfl_sync(~0u, lane == 0 ? shared.tile[q.stage] : 0, 0);
     if (number < 0) break;
     const QueryTile<S::kRows> tile(number, args.rows, args.heads, args.span_begin);
     const int first_row = tile.first_row + 64 * consumer;

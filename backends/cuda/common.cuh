@@ -22,6 +22,11 @@ __host__ __device__ inline std::int64_t ceil_div(std::int64_t a, std::int64_t b)
   return (a + b - 1) / b;
 }
 
+// The address of shared memory as its instructions take it.
+__device__ inline std::uint32_t shared_address(const void* p) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
+}
+
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ inline float to_float(double x) { return static_cast<float>(x); }

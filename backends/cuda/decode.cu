@@ -22,15 +22,14 @@ constexpr int kUnitsPerThread = 4;
 
 // Which rows, and where they go.
 struct Rows {
-  std::int64_t begin;       // the first row, when ids is null
-  const std::int32_t* ids;  // the rows to take
+  const std::int32_t* ids;  // the rows to take; null: all
   std::int64_t count;
   std::int64_t cols;
   std::int64_t stride;  // of the destination, elements
   bool contiguous;      // rows follow one another on both sides
 
   __device__ std::int64_t source(std::int64_t row) const {
-    return ids != nullptr ? __ldg(ids + row) : begin + row;
+    return ids != nullptr ? __ldg(ids + row) : row;
   }
 };
 
@@ -74,7 +73,7 @@ __global__ void __launch_bounds__(kThreads)
     // Past the end the last unit is read again, and not written.
     const std::int64_t unit = min(first + step, units - 1);
     if (rows.contiguous) {
-      source[i] = rows.begin * per_row + unit;
+      source[i] = unit;
       place[i] = unit * kUnit;
     } else {
       const auto at = first_col + static_cast<std::uint32_t>(unit - first);
@@ -158,21 +157,15 @@ bool can_decode(DType dtype) { return is_float(dtype) || is_codebook(dtype) || i
 
 void dequantize(const TensorType& type, const void* data, DType to_dtype, void* to,
                 std::int64_t stride, const Launch& launch) {
-  dequantize_rows(type, data, 0, type.shape.rows(), to_dtype, to, stride, launch);
-}
-
-void dequantize_rows(const TensorType& type, const void* data, std::int64_t begin,
-                     std::int64_t count, DType to_dtype, void* to, std::int64_t stride,
-                     const Launch& launch) {
   const std::int64_t cols = type.shape.cols();
-  const Rows rows{begin, nullptr, count, cols, stride, stride == cols};
+  const Rows rows{nullptr, type.shape.rows(), cols, stride, stride == cols};
   decode_rows(type, data, rows, to_dtype, to, launch);
 }
 
 void gather_rows(const TensorType& type, const void* data, const std::int32_t* ids,
                  std::int64_t count, DType to_dtype, void* to, const Launch& launch) {
   const std::int64_t cols = type.shape.cols();
-  decode_rows(type, data, Rows{0, ids, count, cols, cols, false}, to_dtype, to, launch);
+  decode_rows(type, data, Rows{ids, count, cols, cols, false}, to_dtype, to, launch);
 }
 
 }  // namespace nibble::cuda

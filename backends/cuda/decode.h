@@ -14,10 +14,6 @@ bool can_decode(DType dtype);
 // kHostPlaneAlignment) as rows() x cols() elements of bf16 or float, rows `stride` elements apart.
 void dequantize(const TensorType& type, const void* data, DType to_dtype, void* to,
                 std::int64_t stride, const Launch& launch);
-// Rows [begin, begin + count) alone, to `to` onwards.
-void dequantize_rows(const TensorType& type, const void* data, std::int64_t begin,
-                     std::int64_t count, DType to_dtype, void* to, std::int64_t stride,
-                     const Launch& launch);
 // y[t] = row ids[t] of the tensor, rounded to out_dtype.
 void gather_rows(const TensorType& type, const void* data, const std::int32_t* ids,
                  std::int64_t count, DType to_dtype, void* to, const Launch& launch);

@@ -17,6 +17,7 @@
 // [11008, 4096] 68 and 85. From twice as many rows on the decoded copy wins.
 #include "backends/cuda/decode.h"
 #include "backends/cuda/decode/decoders.cuh"
+#include "backends/cuda/mma.cuh"
 
 namespace nibble::cuda {
 namespace {
@@ -37,22 +38,6 @@ struct Args {
   int m, outputs, steps, slice_steps;
   float* sums;  // [slices, m, outputs]
 };
-
-__device__ inline void copy_16_async(void* to, const void* from, bool real) {
-  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
-               "r"(real ? 16 : 0)
-               : "memory");
-}
-
-// d += a b in F32: a [16, 16] and b [16, 8] of bf16.
-__device__ inline void mma(float (&d)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2,
-                           std::uint32_t a3, std::uint32_t b0, std::uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 template <class Decoder, int kTokens>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -80,8 +65,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int token = i / kChunks, chunk = i % kChunks;
       const bool real = token < p.m;
       const std::int64_t row = real ? token : 0;
-      copy_16_async(to + token * kPitch + chunk * 8,
-                    p.x + (row * p.steps + begin + step) * kStep + chunk * 8, real);
+      copy_async(shared_address(to + token * kPitch + chunk * 8),
+                 p.x + (row * p.steps + begin + step) * kStep + chunk * 8, real);
     }
   };
   typename Decoder::Raw raw[kAhead][2][kUnits];
@@ -105,8 +90,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         p.decoder.decode(codes[r][i], first_unit[r] + step * (kStep / kUnit) + i, shared, values);
 #pragma unroll
         for (int k = 0; k < kUnit / 2; ++k) {
-          const __nv_bfloat162 pair = __floats2bfloat162_rn(values[2 * k], values[2 * k + 1]);
-          w[r][i * kUnit / 2 + k] = *reinterpret_cast<const std::uint32_t*>(&pair);
+          w[r][i * kUnit / 2 + k] = pack_bf16(values[2 * k], values[2 * k + 1]);
         }
       }
     }
@@ -116,16 +100,18 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int t = 0; t < kTokens / 8; ++t) {
       const uint4 low = *reinterpret_cast<const uint4*>(x + t * 8 * kPitch);
       const uint4 high = *reinterpret_cast<const uint4*>(x + t * 8 * kPitch + 8);
-      mma(sums[t], w[0][0], w[1][0], w[0][1], w[1][1], low.x, low.y);
-      mma(sums[t], w[0][2], w[1][2], w[0][3], w[1][3], low.z, low.w);
-      mma(sums[t], w[0][4], w[1][4], w[0][5], w[1][5], high.x, high.y);
-      mma(sums[t], w[0][6], w[1][6], w[0][7], w[1][7], high.z, high.w);
+      const std::uint32_t b[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+      for (int k = 0; k < 8; k += 2) {
+        const std::uint32_t a[4] = {w[0][k], w[1][k], w[0][k + 1], w[1][k + 1]};
+        mma(sums[t], a, b[k], b[k + 1]);
+      }
     }
   };
 
   for (int step = 0; step < kStages - 1; ++step) {
     if (step < count) fill(step);
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    commit_copies();
   }
 #pragma unroll
   for (int a = 0; a < kAhead; ++a) load(a, raw[a]);
@@ -135,10 +121,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int a = 0; a < kAhead; ++a) {
       const int step = first + a;
       if (step >= count) break;
-      asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2) : "memory");
+      wait_copies<kStages - 2>();
       __syncthreads();  // the step is there, and the stage before it has been read
       if (step + kStages - 1 < count) fill(step + kStages - 1);
-      asm volatile("cp.async.commit_group;" ::: "memory");
+      commit_copies();
       multiply(step, raw[a]);
       load(step + kAhead, raw[a]);
     }

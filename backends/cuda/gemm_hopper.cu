@@ -29,11 +29,12 @@
 
 #include "backends/cuda/gemm.h"
 #include "backends/cuda/gemm_hopper_mask.cuh"
-#include "backends/cuda/gemm_hopper_ptx.cuh"
-#include "engine/error.h"
+#include "backends/cuda/hopper.cuh"
 
 namespace nibble::cuda {
 namespace {
+
+using namespace hopper;
 
 constexpr int kTileM = 128, kTileK = 64;
 constexpr int kConsumers = 2;  // warpgroups, 64 rows each
@@ -77,8 +78,6 @@ struct Problem {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-using namespace hopper;
-
 // Of the 168 a thread starts with: producers give theirs to the accumulators.
 constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 
@@ -121,15 +120,15 @@ template <int kN, WeightLayout kLayout>
 __device__ inline void load_step(std::uint32_t a, std::uint32_t b, std::uint32_t full,
                                  const CUtensorMap& left, const CUtensorMap& right, int row,
                                  int column, int k, int cluster, int rank) {
-  load_box(a, left, full, k, row);
+  load_box(a, left, k, row, full);
   const int first = cluster == 2 ? rank : 0, last = cluster == 2 ? rank : 1;
   for (int half = first; half <= last; ++half) {
     if constexpr (kLayout == WeightLayout::n_by_k) {
       const std::uint32_t to = b + half * (kN / 2 * 128);
       if (cluster == 2) {
-        load_box_multicast(to, right, full, k, column + half * (kN / 2), 3);
+        load_box_everywhere(to, right, k, column + half * (kN / 2), full, 3);
       } else {
-        load_box(to, right, full, k, column + half * (kN / 2));
+        load_box(to, right, k, column + half * (kN / 2), full);
       }
     } else {
 #pragma unroll
@@ -137,9 +136,9 @@ __device__ inline void load_step(std::uint32_t a, std::uint32_t b, std::uint32_t
         const std::uint32_t to = b + panel * (kTileK * 128) + half * (kTileK / 2 * 128);
         const int outer = k + half * (kTileK / 2);
         if (cluster == 2) {
-          load_box_multicast(to, right, full, column + 64 * panel, outer, 3);
+          load_box_everywhere(to, right, column + 64 * panel, outer, full, 3);
         } else {
-          load_box(to, right, full, column + 64 * panel, outer);
+          load_box(to, right, column + 64 * panel, outer, full);
         }
       }
     }
@@ -175,11 +174,6 @@ __device__ inline void store_plain(const Problem& p, const float (&d)[kN / 2], s
   }
 }
 
-__device__ inline std::uint32_t rounded_pair(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const std::uint32_t*>(&pair);
-}
-
 template <int kN, WeightLayout kLayout>
 __device__ inline void produce(const Problem& p, std::uint32_t base, int cluster, int rank) {
   using S = Shared<kN>;
@@ -191,7 +185,7 @@ __device__ inline void produce(const Problem& p, std::uint32_t base, int cluster
     for (int step = -p.low_steps; step < p.k_steps; ++step) {
       barrier_wait(barriers.empty(ring.index), ring.parity ^ 1);
       const std::uint32_t full = barriers.full(ring.index);
-      barrier_arrive_expect(full, S::kStageA + S::kStageB);
+      barrier_arrive_expecting(full, S::kStageA + S::kStageB);
       const std::uint32_t a = base + ring.index * S::kStageA;
       const std::uint32_t b = base + S::kB + ring.index * S::kStageB;
       if (step < 0) {
@@ -208,13 +202,13 @@ __device__ inline void produce(const Problem& p, std::uint32_t base, int cluster
 template <int kN, WeightLayout kLayout, Low kLow>
 __device__ inline void consume(const Problem& p, std::uint32_t base, int cluster, int rank) {
   using S = Shared<kN>;
-  constexpr int kTransposed = kLayout == WeightLayout::k_by_n ? 1 : 0;
+  constexpr Stored kStored = kLayout == WeightLayout::k_by_n ? across : along;
   // From one 16-wide K slice of an operand to the next, in the descriptor's unit of 16 bytes.
-  constexpr std::uint64_t kSliceA = 32 / 16, kSliceB = kTransposed ? 16 * 128 / 16 : 32 / 16;
+  constexpr std::uint64_t kSliceA = 32 / 16, kSliceB = kStored == across ? 16 * 128 / 16 : 32 / 16;
   const Barriers<kN> barriers{base + S::kBarriers};
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const std::uint64_t first_a = matrix_descriptor(base + warp / 4 * (64 * 128), 0);
-  const std::uint64_t first_b = matrix_descriptor(base + S::kB, kTileK * 128);
+  const std::uint64_t first_a = operand(base + warp / 4 * (64 * 128));
+  const std::uint64_t first_b = operand(base + S::kB, kTileK * 128);
   const std::uint32_t slabs = base + S::kY + warp * (S::kSlabs * S::kSlab);
   int slab = 0;
 
@@ -228,13 +222,13 @@ __device__ inline void consume(const Problem& p, std::uint32_t base, int cluster
   const auto multiply = [&](int accumulate) {
     const std::uint64_t a = first_a + ring.index * (S::kStageA / 16);
     const std::uint64_t b = first_b + ring.index * (S::kStageB / 16);
-    wgmma_fence();
-    wgmma<kN, kTransposed>(d, a, b, accumulate);
+    products_begin();
+    product<along, kStored>(d, a, b, accumulate);
 #pragma unroll
     for (int slice = 1; slice < kTileK / 16; ++slice) {
-      wgmma<kN, kTransposed>(d, a + slice * kSliceA, b + slice * kSliceB, 1);
+      product<along, kStored>(d, a + slice * kSliceA, b + slice * kSliceB, 1);
     }
-    wgmma_commit();
+    products_commit();
   };
 
   const auto first_row = [&](const Place& place) {  // of the warp
@@ -269,17 +263,17 @@ __device__ inline void consume(const Problem& p, std::uint32_t base, int cluster
       // One at a time: a run-time number of products in flight makes ptxas serialize the kernel's
       // other products too.
       for (int slice = 0; slice < slices; ++slice) {
-        wgmma_fence();
-        wgmma<kN, kTransposed>(d, a + slice * kSliceA, b + slice * kSliceB, accumulate);
-        wgmma_commit();
-        wgmma_wait<0>();
+        products_begin();
+        product<along, kStored>(d, a + slice * kSliceA, b + slice * kSliceB, accumulate);
+        products_commit();
+        products_wait<0>();
         accumulate = 1;
       }
       release(ring.index);
       ring.advance();
     }
     if (p.low_steps > 0) {
-      pin(d);
+      hold(d);
       if constexpr (kLow == Low::dropout) {
         mask.apply(d, p.low_scale);
         if (tile + tile_stride < p.tiles) {
@@ -290,7 +284,7 @@ __device__ inline void consume(const Problem& p, std::uint32_t base, int cluster
 #pragma unroll
         for (int i = 0; i < kN / 2; ++i) d[i] *= p.low_scale;
       }
-      pin(d);
+      hold(d);
     }
 
     barrier_wait(barriers.full(ring.index), ring.parity);
@@ -306,14 +300,14 @@ __device__ inline void consume(const Problem& p, std::uint32_t base, int cluster
         }
       }
       // The step before this one is done: its stage may be filled again.
-      wgmma_wait<1>();
+      products_wait<1>();
       release(ring.index == 0 ? S::kStages - 1 : ring.index - 1);
       ring.advance();
     }
     if constexpr (kLow == Low::dropout) mask.finish();
-    wgmma_wait<0>();
+    products_wait<0>();
     release(ring.index == 0 ? S::kStages - 1 : ring.index - 1);
-    pin(d);
+    hold(d);
 
     if (p.alpha != 1) {
 #pragma unroll
@@ -332,12 +326,15 @@ __device__ inline void consume(const Problem& p, std::uint32_t base, int cluster
         for (int i = 0; i < 4; ++i) {
           const float* const v = d + part * 32 + i * 8;
           store_matrices(to + matrix_row * 128 + ((2 * i + chunk) ^ (matrix_row % 8)) * 16,
-                         rounded_pair(v[0], v[1]), rounded_pair(v[2], v[3]),
-                         rounded_pair(v[4], v[5]), rounded_pair(v[6], v[7]));
+                         pack_pair(v[0], v[1]), pack_pair(v[2], v[3]), pack_pair(v[4], v[5]),
+                         pack_pair(v[6], v[7]));
         }
-        proxy_fence();
+        fence_async_shared();
         __syncwarp();
-        if (lane == 0) store_box(p.y, to, column0 + 64 * part, static_cast<int>(row0));
+        if (lane == 0) {
+          store_box(p.y, column0 + 64 * part, static_cast<int>(row0), to);
+          commit_stores();
+        }
         slab = slab + 1 == S::kSlabs ? 0 : slab + 1;
       }
     } else if (p.y_f32) {
@@ -375,18 +372,18 @@ __global__ void __launch_bounds__(kThreads, 1)
       barrier_init(barriers.full(i), 1);
       barrier_init(barriers.empty(i), kConsumerWarps * cluster);
     }
-    barrier_init_fence();
+    fence_barrier_init();
   }
   __syncthreads();
   cluster_sync();
   begin_kernel();
 
   if (threadIdx.x >= 128 * kConsumers) {
-    shrink_registers<kProducerRegisters>();
+    registers_shrink<kProducerRegisters>();
     if (threadIdx.x == 128 * kConsumers) produce<kN, kLayout>(p, base, cluster, rank);
     __syncwarp();
   } else {
-    grow_registers<kConsumerRegisters>();
+    registers_grow<kConsumerRegisters>();
     consume<kN, kLayout, kLow>(p, base, cluster, rank);
   }
   // The other block may still arrive at this one's barriers.
@@ -424,47 +421,18 @@ Config choose(std::int64_t m, std::int64_t n, std::int64_t k, int multiprocessor
   return best;
 }
 
-// A row-major BF16 matrix, its rows `stride` elements apart, copied in swizzled boxes of 64
-// columns.
-CUtensorMap matrix_map(const void* address, std::int64_t rows, std::int64_t columns,
-                       std::int64_t stride, int box_rows) {
-  static const auto encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                           cudaEnableDefault, &found),
-          "cuTensorMapEncodeTiled");
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-  }();
-  CUtensorMap map;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};
-  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t every[2] = {1, 1};
-  const CUresult result =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(address), sizes, strides,
-             box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) {
-    throw DeviceError("gemm_hopper: no tensor map for " + std::to_string(rows) + " x " +
-                          std::to_string(columns) + ", stride " + std::to_string(stride),
-                      static_cast<int>(result));
-  }
-  return map;
-}
-
 Problem problem_of(const Gemm& gemm, const Config& config) {
   const bool by_k = gemm.layout == WeightLayout::n_by_k;
   const auto right_map = [&](const void* address, std::int64_t depth, std::int64_t stride) {
-    return by_k ? matrix_map(address, gemm.n, depth, stride, config.n / 2)
-                : matrix_map(address, depth, gemm.n, stride, kTileK / 2);
+    return by_k ? strided_map(address, gemm.n, depth, stride, config.n / 2, kBoxColumns)
+                : strided_map(address, depth, gemm.n, stride, kTileK / 2, kBoxColumns);
   };
   Problem p{};
-  p.x = matrix_map(gemm.x, gemm.m, gemm.k, gemm.x_stride, kTileM);
+  p.x = strided_map(gemm.x, gemm.m, gemm.k, gemm.x_stride, kTileM, kBoxColumns);
   p.w = right_map(gemm.w, gemm.k, gemm.w_stride);
   p.rank = static_cast<int>(gemm.rank);
   if (gemm.rank > 0) {
-    p.u = matrix_map(gemm.u, gemm.m, gemm.rank, gemm.rank, kTileM);
+    p.u = strided_map(gemm.u, gemm.m, gemm.rank, gemm.rank, kTileM, kBoxColumns);
     p.b = right_map(gemm.b, gemm.rank, by_k ? gemm.rank : gemm.n);
   }
   p.k_steps = static_cast<int>(ceil_div(gemm.k, kTileK));
@@ -482,7 +450,7 @@ Problem problem_of(const Gemm& gemm, const Config& config) {
   p.y_f32 = gemm.y_dtype == DType::F32;
   // The copy engine stores whole 16-byte chunks: it would write past a row that ends within one.
   p.y_map = !p.y_f32 && gemm.y_stride % 8 == 0 && gemm.n % 8 == 0;
-  if (p.y_map) p.y = matrix_map(gemm.y, gemm.m, gemm.n, gemm.y_stride, 16);
+  if (p.y_map) p.y = strided_map(gemm.y, gemm.m, gemm.n, gemm.y_stride, 16, kBoxColumns);
   p.keep = gemm.keep;
   return p;
 }

@@ -1,5 +1,5 @@
-// The Hopper (sm_90a) instructions that the attention kernels are built from, one thin function
-// each: mbarriers, tensor copies (TMA), named barriers, warpgroup matrix products (wgmma).
+// The Hopper (sm_90a) instructions that products and attention are built from, one thin function
+// each: clusters, mbarriers, tensor copies (TMA), named barriers, warpgroup products (wgmma).
 //
 // Tiles in shared memory are made of boxes: up to 256 rows of 64 BF16 numbers (128 bytes), written
 // by one tensor copy with the 128-byte swizzle: 16-byte piece c of row r lies at piece c ^ (r % 8).
@@ -71,10 +71,6 @@ inline CUtensorMap tensor_map(const void* address, std::int64_t rows, std::int64
 
 // -- Addresses and barriers ----------------------------------------------------------------------
 
-__device__ inline std::uint32_t shared_address(const void* p) {
-  return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
-}
-
 __device__ inline int cluster_rank() {
   int rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -85,50 +81,62 @@ __device__ inline void cluster_sync() {
   asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
 }
 
-// Counts arrivals and bytes of tensor copies; flips its phase when both are complete.
+// An mbarrier counts arrivals and bytes of tensor copies, and flips its phase when both are
+// complete. By its shared address:
+__device__ inline void barrier_init(std::uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+// Arrives, and lets the phase wait for so many bytes more.
+__device__ inline void barrier_arrive_expecting(std::uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+// Arrives at the same barrier of block `rank` of the cluster. Orders nothing but this thread's own
+// block (a release at cluster scope costs a fence of 0.7 us): meant for stages that only the tensor
+// cores have read, their reads complete.
+__device__ inline void barrier_arrive_at(std::uint32_t barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+// Until the phase of this parity has completed; a fresh barrier counts as having completed 1.
+__device__ inline void barrier_wait(std::uint32_t barrier, std::uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "WAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra WAIT;\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+// The same as an object in shared memory.
 struct Barrier {
   std::uint64_t state;
 
-  __device__ void init(int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)),
-                 "r"(arrivals));
-  }
+  __device__ void init(int arrivals) { barrier_init(shared_address(this), arrivals); }
   __device__ void arrive() {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
   }
-  // Arrives at this barrier of block `rank` of the cluster. Orders nothing beyond this thread's own
-  // block: for stages that only the tensor cores have read, their reads complete.
-  __device__ void arrive_at(int rank) {
-    asm volatile(
-        "{\n.reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(this)),
-        "r"(rank)
-        : "memory");
-  }
-  // Arrives, and lets the phase wait for so many bytes more.
+  __device__ void arrive_at(int rank) { barrier_arrive_at(shared_address(this), rank); }
   __device__ void arrive_expecting(int bytes) {
-    asm volatile(
-        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)),
-        "r"(bytes)
-        : "memory");
+    barrier_arrive_expecting(shared_address(this), bytes);
   }
-  // Until the phase of this parity has completed; a fresh barrier counts as having completed 1.
   __device__ void wait(int parity) {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "WAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra WAIT;\n}" ::"r"(shared_address(this)),
-        "r"(parity)
-        : "memory");
+    barrier_wait(shared_address(this), static_cast<std::uint32_t>(parity));
   }
 };
-// Makes initialized barriers visible to tensor copies.
+// Makes initialized barriers visible to the cluster and to tensor copies.
 __device__ inline void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 // Orders ordinary accesses of shared and global memory before those of copies and products.
 __device__ inline void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// Of shared memory alone.
+__device__ inline void fence_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
 // Named barriers 1 to 15; `threads` counts those that arrive and those that wait.
 __device__ inline void named_sync(int id, int threads) {
@@ -156,29 +164,44 @@ __device__ inline void registers_grow() {
 
 // -- Copies --------------------------------------------------------------------------------------
 
-// One box with its first number at (row, column) of the matrix; reports its bytes to `full`.
-__device__ inline void load_box(void* to, const CUtensorMap& map, int column, int row,
-                                Barrier& full) {
+__device__ inline void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+// One box with its first number at (row, column) of the matrix, to a shared address; reports its
+// bytes to the barrier `full`.
+__device__ inline void load_box(std::uint32_t to, const CUtensorMap& map, int column, int row,
+                                std::uint32_t full) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
-      "[%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
-      "l"(&map), "r"(column), "r"(row), "r"(shared_address(&full))
+      "[%1, {%2, %3}], [%4];" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(full)
       : "memory");
 }
 // The same to the same place in every block of `mask`, each of which reports to its own `full`.
-__device__ inline void load_box_everywhere(void* to, const CUtensorMap& map, int column, int row,
-                                           Barrier& full, std::uint16_t mask) {
+__device__ inline void load_box_everywhere(std::uint32_t to, const CUtensorMap& map, int column,
+                                           int row, std::uint32_t full, std::uint16_t mask) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
-      "l"(&map), "r"(column), "r"(row), "r"(shared_address(&full)), "h"(mask)
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(full), "h"(mask)
+      : "memory");
+}
+__device__ inline void load_box(void* to, const CUtensorMap& map, int column, int row,
+                                Barrier& full) {
+  load_box(shared_address(to), map, column, row, shared_address(&full));
+}
+__device__ inline void load_box_everywhere(void* to, const CUtensorMap& map, int column, int row,
+                                           Barrier& full, std::uint16_t mask) {
+  load_box_everywhere(shared_address(to), map, column, row, shared_address(&full), mask);
+}
+__device__ inline void store_box(const CUtensorMap& map, int column, int row, std::uint32_t from) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map),
+      "r"(column), "r"(row), "r"(from)
       : "memory");
 }
 __device__ inline void store_box(const CUtensorMap& map, int column, int row, const void* from) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map),
-      "r"(column), "r"(row), "r"(shared_address(from))
-      : "memory");
+  store_box(map, column, row, shared_address(from));
 }
 // Contiguous bytes, a multiple of 16.
 __device__ inline void load_bytes(void* to, const void* from, int bytes, Barrier& full) {
@@ -188,37 +211,32 @@ __device__ inline void load_bytes(void* to, const void* from, int bytes, Barrier
       "l"(from), "r"(bytes), "r"(shared_address(&full))
       : "memory");
 }
-__device__ inline void store_bytes(void* to, const void* from, int bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
-               "r"(shared_address(from)), "r"(bytes)
-               : "memory");
-}
-// to[i] += from[i], F32.
-__device__ inline void add_bytes(void* to, const void* from, int bytes) {
-  asm volatile(
-      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
-      "r"(shared_address(from)), "r"(bytes)
-      : "memory");
-}
 __device__ inline void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until the shared memory of this thread's stores may be written again ...
+// Until the shared memory of all but the latest kPending groups of this thread's stores may be
+// written again ...
+template <int kPending = 0>
 __device__ inline void wait_stores_read() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
-// ... and until they are visible.
+// ... and until all are visible.
 __device__ inline void wait_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
+// Four 8 x 8 matrices; lane l gives the shared address of row l % 8 of matrix l / 8.
+__device__ inline void store_matrices(std::uint32_t row, std::uint32_t a, std::uint32_t b,
+                                      std::uint32_t c, std::uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
 // Accumulator columns [16 g, 16 g + 16) of a warp's 16 rows as BF16 into a box: `words` holds
 // registers 8 g to 8 g + 7 rounded in pairs; `box` is the box's start, `row` the warp's first.
 __device__ inline void store_fragment(void* box, int row, int column,
                                       const std::uint32_t (&words)[4]) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int r = row + lane % 16, piece = column / 8 + lane / 16;
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   shared_address(box) +
-                   static_cast<std::uint32_t>(r * kBoxRowBytes + ((piece ^ (r % 8)) * 16))),
-               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
-               : "memory");
+  store_matrices(
+      shared_address(box) + static_cast<std::uint32_t>(r * kBoxRowBytes + ((piece ^ (r % 8)) * 16)),
+      words[0], words[1], words[2], words[3]);
 }
 // Two numbers as BF16, the first in the lower half.
 __device__ inline std::uint32_t pack_pair(float low, float high) {
@@ -234,16 +252,21 @@ __device__ inline float exp2_approx(float x) {
 
 // -- Products ------------------------------------------------------------------------------------
 
-// The descriptor of an operand in boxes at `p`. box_bytes: from one box to the next 64 rows of an
-// operand stored across; unused otherwise. kRowBytes: of a box, which is less than 128 where it is
-// narrower. Adding bytes / 16 moves it.
+// The descriptor of an operand in boxes at a shared address. box_bytes: from one box to the next 64
+// rows of an operand stored across; unused otherwise. kRowBytes: of a box, which is less than 128
+// where it is narrower. Adding bytes / 16 moves it.
 template <int kRowBytes = kBoxRowBytes>
-__device__ inline std::uint64_t operand(const void* p, int box_bytes = 16) {
+__device__ inline std::uint64_t operand(std::uint32_t address, int box_bytes = 16) {
   static_assert(kRowBytes == 128 || kRowBytes == 64 || kRowBytes == 32);
   constexpr std::uint64_t kSwizzle = kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 3;
-  return static_cast<std::uint64_t>((shared_address(p) & 0x3FFFF) >> 4) |
+  return static_cast<std::uint64_t>((address & 0x3FFFF) >> 4) |
          static_cast<std::uint64_t>(box_bytes >> 4) << 16 |
          static_cast<std::uint64_t>(8 * kRowBytes >> 4) << 32 | kSwizzle << 62;
+}
+
+template <int kRowBytes = kBoxRowBytes>
+__device__ inline std::uint64_t operand(const void* p, int box_bytes = 16) {
+  return operand<kRowBytes>(shared_address(p), box_bytes);
 }
 
 enum Stored : int { along = 0, across = 1 };
@@ -277,12 +300,20 @@ __device__ inline void hold(std::uint32_t (&d)[kSize][4]) {
 #define NIBBLE_D16(d, i) NIBBLE_D8(d, i), NIBBLE_D8(d, i + 8)
 #define NIBBLE_D32(d, i) NIBBLE_D16(d, i), NIBBLE_D16(d, i + 16)
 #define NIBBLE_D64(d, i) NIBBLE_D32(d, i), NIBBLE_D32(d, i + 32)
+#define NIBBLE_D96(d, i) NIBBLE_D64(d, i), NIBBLE_D32(d, i + 64)
+#define NIBBLE_D128(d, i) NIBBLE_D64(d, i), NIBBLE_D64(d, i + 64)
 #define NIBBLE_R8 "{%0,%1,%2,%3,%4,%5,%6,%7"
 #define NIBBLE_R16 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define NIBBLE_R32 NIBBLE_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define NIBBLE_R64 NIBBLE_R32 \
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
   ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define NIBBLE_R96 NIBBLE_R64 \
+  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79" \
+  ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define NIBBLE_R128 NIBBLE_R96 \
+  ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111" \
+  ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define NIBBLE_WGMMA(n) "wgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 "
 #define NIBBLE_SS(n, regs, a, b, p, ta, tb)                                             \
   "{\n.reg .pred p;\nsetp.ne.b32 p, " p ", 0;\n" NIBBLE_WGMMA(n) regs "}, " a ", " b    \
@@ -297,7 +328,8 @@ __device__ inline void hold(std::uint32_t (&d)[kSize][4]) {
 template <Stored kA, Stored kB, int kSize>
 __device__ inline void product(float (&d)[kSize], std::uint64_t a, std::uint64_t b,
                                int accumulate) {
-  static_assert(kSize == 8 || kSize == 16 || kSize == 32 || kSize == 64);
+  static_assert(kSize == 8 || kSize == 16 || kSize == 32 || kSize == 64 || kSize == 96 ||
+                kSize == 128);
   if constexpr (kSize == 8) {
     asm volatile(NIBBLE_SS("16", NIBBLE_R8, "%8", "%9", "%10", "%11", "%12")
                  : NIBBLE_D8(d, 0)
@@ -310,9 +342,17 @@ __device__ inline void product(float (&d)[kSize], std::uint64_t a, std::uint64_t
     asm volatile(NIBBLE_SS("64", NIBBLE_R32, "%32", "%33", "%34", "%35", "%36")
                  : NIBBLE_D32(d, 0)
                  : "l"(a), "l"(b), "r"(accumulate), "n"(int{kA}), "n"(int{kB}));
-  } else {
+  } else if constexpr (kSize == 64) {
     asm volatile(NIBBLE_SS("128", NIBBLE_R64, "%64", "%65", "%66", "%67", "%68")
                  : NIBBLE_D64(d, 0)
+                 : "l"(a), "l"(b), "r"(accumulate), "n"(int{kA}), "n"(int{kB}));
+  } else if constexpr (kSize == 96) {
+    asm volatile(NIBBLE_SS("192", NIBBLE_R96, "%96", "%97", "%98", "%99", "%100")
+                 : NIBBLE_D96(d, 0)
+                 : "l"(a), "l"(b), "r"(accumulate), "n"(int{kA}), "n"(int{kB}));
+  } else {
+    asm volatile(NIBBLE_SS("256", NIBBLE_R128, "%128", "%129", "%130", "%131", "%132")
+                 : NIBBLE_D128(d, 0)
                  : "l"(a), "l"(b), "r"(accumulate), "n"(int{kA}), "n"(int{kB}));
   }
 }
@@ -338,10 +378,14 @@ __device__ inline void product(float (&d)[kSize], const std::uint32_t (&a)[4], s
 #undef NIBBLE_D16
 #undef NIBBLE_D32
 #undef NIBBLE_D64
+#undef NIBBLE_D96
+#undef NIBBLE_D128
 #undef NIBBLE_R8
 #undef NIBBLE_R16
 #undef NIBBLE_R32
 #undef NIBBLE_R64
+#undef NIBBLE_R96
+#undef NIBBLE_R128
 #undef NIBBLE_WGMMA
 #undef NIBBLE_SS
 #undef NIBBLE_RS

@@ -4,7 +4,7 @@
 //   up     du[m, r]  = scale * sum_n dy[m, n] b[n, r]            A = dy, B = b
 //   tokens acc[i, j] += scale * sum_t left[t, i] drop(right)[t, j]
 //                                                   A = the wider side, or the one with dropout
-// BF16 operands take the tensor cores: Hopper's for ranks from 32 on (low_rank_hopper.h), else
+// BF16 operands take the tensor cores: Hopper's for ranks above 32 (low_rank_hopper.h), else
 // mma.sync (low_rank_mma.cuh). F32 ones, and an F32 left beside a BF16
 // right, take 64 x 64 tiles of multiply-adds here.
 //

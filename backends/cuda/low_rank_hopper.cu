@@ -243,8 +243,10 @@ void run(Job& job, const void* wide, std::int64_t wide_stride, const void* narro
 }
 
 constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max() / 2;
-// A narrower R leaves most of wgmma's 64 rows empty, and a wider one is an ordinary product.
-constexpr std::int64_t kLeastRank = 32, kMostRank = 256;
+// A narrower R leaves most of wgmma's 64 rows empty, which costs where they are copied as zeros,
+// and a wider one is an ordinary product. (With W's side in those rows and the depth split over a
+// cluster, ranks up to 32 take as long as the kernels of low_rank_mma.cuh.)
+constexpr std::int64_t kLeastSumRank = 32, kLeastThinRank = 33, kMostRank = 256;
 
 bool can_copy(std::int64_t stride) { return stride % 8 == 0; }  // rows of whole 16 bytes
 
@@ -255,9 +257,9 @@ bool token_sum_hopper_supports(const TokenSum& p, const Card& card) {
   const std::int64_t rank = std::min(p.left_cols, p.right_cols);
   const std::int64_t width = std::max(p.left_cols, p.right_cols);
   return card.hopper && p.left_dtype == DType::BF16 && p.right_dtype == DType::BF16 &&
-         p.drop.p == 0 && can_copy(left_stride) && can_copy(p.right_cols) && rank >= kLeastRank &&
-         rank <= kMostRank && p.rows >= 1 && p.rows <= kMost && width <= kMost &&
-         (width >= 2048 || p.rows <= 2048);
+         p.drop.p == 0 && can_copy(left_stride) && can_copy(p.right_cols) &&
+         rank >= kLeastSumRank && rank <= kMostRank && p.rows >= 1 && p.rows <= kMost &&
+         width <= kMost && (width >= 2048 || p.rows <= 2048);
 }
 
 void token_sum_hopper(const TokenSum& p, const Launch& launch) {
@@ -278,7 +280,7 @@ void token_sum_hopper(const TokenSum& p, const Launch& launch) {
 
 bool thin_hopper_supports(const ThinHopper& p, const Card& card) {
   return card.hopper && p.m >= 2048 && p.m <= kMost && p.cols >= 1 && p.cols <= kMost &&
-         p.rank >= kLeastRank && p.rank <= kMostRank && can_copy(p.cols) &&
+         p.rank >= kLeastThinRank && p.rank <= kMostRank && can_copy(p.cols) &&
          (!p.narrow_by_cols || can_copy(p.rank));
 }
 

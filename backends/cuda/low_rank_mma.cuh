@@ -18,7 +18,7 @@
 // dropped before the barrier that publishes the stage; the copies of later stages go on meanwhile.
 #pragma once
 
-#include "backends/cuda/common.cuh"
+#include "backends/cuda/mma.cuh"
 
 namespace nibble::cuda::low_rank {
 
@@ -66,42 +66,13 @@ struct Config {
   static_assert(kStageK % (16 * kWarpsK) == 0);
 };
 
-__device__ inline unsigned shared_address(const void* p) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(p));
-}
-__device__ inline void copy_16_async(void* to, const void* from, bool real) {
-  const int bytes = real ? 16 : 0;  // the rest is filled with zeros
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(bytes)
-               : "memory");
-}
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ inline void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
 template <bool kTranspose>
-__device__ inline void load_matrices(unsigned (&to)[4], const bf16* row) {
+__device__ inline void load_tile(unsigned (&to)[4], const bf16* row) {
   if constexpr (kTranspose) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(shared_address(row))
-                 : "memory");
+    load_matrices_transposed(to, shared_address(row));
   } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(shared_address(row))
-                 : "memory");
+    load_matrices(to, shared_address(row));
   }
-}
-__device__ inline void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0,
-                                    unsigned b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // A kRows x kCols tile in shared memory, in chunks of 8 elements whose order within a row changes
@@ -144,7 +115,7 @@ struct Tile {
     for (int i = 0; i < Own::kCount; ++i) {
       const bool real = i * Own::kRowStep < rows;
       if (from.packed) {
-        copy_16_async(Own::at(tile, i), real ? source : from.data, real);
+        copy_async(shared_address(Own::at(tile, i)), real ? source : from.data, real);
       } else {
         Pack<bf16> pack;
 #pragma unroll
@@ -252,18 +223,18 @@ struct Block {
   __device__ void load_a(unsigned (&to)[4], const bf16* tile, int m, int k) const {
     const int q = lane / 8, r = lane % 8;
     if constexpr (kDownA) {
-      load_matrices<true>(to, tile + TileA::at(k + q / 2 * 8 + r, m / 8 + q % 2));
+      load_tile<true>(to, tile + TileA::at(k + q / 2 * 8 + r, m / 8 + q % 2));
     } else {
-      load_matrices<false>(to, tile + TileA::at(m + q % 2 * 8 + r, k / 8 + q / 2));
+      load_tile<false>(to, tile + TileA::at(m + q % 2 * 8 + r, k / 8 + q / 2));
     }
   }
   // Two n8 tiles: registers 0 and 1 are the first's.
   __device__ void load_b(unsigned (&to)[4], const bf16* tile, int n, int k) const {
     const int q = lane / 8, r = lane % 8;
     if constexpr (kDownB) {
-      load_matrices<true>(to, tile + TileB::at(k + q % 2 * 8 + r, n / 8 + q / 2));
+      load_tile<true>(to, tile + TileB::at(k + q % 2 * 8 + r, n / 8 + q / 2));
     } else {
-      load_matrices<false>(to, tile + TileB::at(n + q / 2 * 8 + r, k / 8 + q % 2));
+      load_tile<false>(to, tile + TileB::at(n + q / 2 * 8 + r, k / 8 + q % 2));
     }
   }
 
@@ -284,8 +255,8 @@ struct Block {
         load_b(b, stage_b(stage), n, k);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          multiply_add(sums[i][2 * pair], a[i], b[0], b[1]);
-          multiply_add(sums[i][2 * pair + 1], a[i], b[2], b[3]);
+          mma(sums[i][2 * pair], a[i], b[0], b[1]);
+          mma(sums[i][2 * pair + 1], a[i], b[2], b[3]);
         }
       }
     }

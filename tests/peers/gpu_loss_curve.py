@@ -17,7 +17,7 @@ the update; four rows make a step.
         --backend cpu --compute f32 --out W/cpu-f32
     python3 tests/peers/gpu_loss_curve.py ours --work W --nibble build/tools/nibble \\
         --backend cuda --compute bf16 --out W/cuda-bf16
-    python3 tests/peers/gpu_loss_curve.py peer --work W --compute bf16 --out W/hf-bf16
+    python3 tests/peers/gpu_loss_curve.py peer --work W --compute bf16 --out W/hf-bf16  # and f32
     python3 tests/peers/gpu_loss_curve.py compare "Nibble, CPU, F32=W/cpu-f32" \\
         "Nibble, GPU, BF16=W/cuda-bf16" "transformers, GPU, BF16=W/hf-bf16" --plot W/curves.png
 
@@ -27,7 +27,9 @@ matplotlib).
 
 The rows are the first 800 of GSM8K with at most 128 tokens. What remains different between the two
 programs in BF16: transformers rounds the logits to BF16 and the normalized activations once before
-and once after the norm's weight; PEFT computes the adapter in F32, Nibble in BF16 from F32 masters.
+and once after the norm's weight; PEFT computes the adapter in F32, Nibble in BF16 from F32 masters;
+and PEFT adds the adapter's part to a product that is rounded already, which `peer --round-once`
+undoes.
 """
 import argparse
 import itertools
@@ -166,6 +168,26 @@ def load_peer(options, torch, dtype, device):
     return model.train()
 
 
+def round_once(model, torch):
+    """Linears that add the adapter's part in F32, before the one rounding, as Nibble does.
+
+    PEFT adds it to a product that has been rounded to BF16 already. While an adapter is young its
+    part is less than half an ulp of most of them, and is lost.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+    for module in model.modules():
+        if not hasattr(module, "lora_A"):
+            continue
+        weight = module.get_base_layer().weight
+        down, up = module.lora_A["default"], module.lora_B["default"]
+
+        def forward(x, *_, weight=weight, down=down, up=up, scale=module.scaling["default"]):
+            wide = x.float()
+            w = dequantize_4bit(weight.data, weight.quant_state).to(x.dtype).float()
+            return (wide @ w.t() + up(down(wide)) * scale).to(x.dtype)
+        module.forward = forward
+
+
 def batches(rows, torch, device):
     """ids and labels of each step's rows, padded on the right.
 
@@ -217,6 +239,8 @@ def peer(options):
     if options.threads:
         torch.set_num_threads(options.threads)
     model = load_peer(options, torch, dtype, device)
+    if options.round_once:
+        round_once(model, torch)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, BETA2), eps=EPS, weight_decay=0)
     os.makedirs(options.out, exist_ok=True)
@@ -286,17 +310,22 @@ def plot(curves, path):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(7, 3.6))
+    figure, (losses, apart) = pyplot.subplots(2, 1, figsize=(7, 5), sharex=True,
+                                              height_ratios=[3, 2])
     # Curves that agree hide each other: later ones are thinner and broken.
     styles = itertools.cycle([(0, ()), (0, (5, 3)), (0, (1, 2)), (0, (5, 2, 1, 2))])
+    first = next(iter(curves.values()))
     for i, ((label, curve), style) in enumerate(zip(curves.items(), styles)):
-        steps = sorted(curve)
-        axes.plot(steps, [curve[step] for step in steps], label=label, linestyle=style,
-                  linewidth=max(1.0, 2.4 - 0.6 * i))
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss of the trained tokens")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+        steps = sorted(curve.keys() & first.keys())
+        losses.plot(steps, [curve[step] for step in steps], label=label, linestyle=style,
+                    linewidth=max(1.0, 2.4 - 0.6 * i))
+        apart.plot(steps, [100 * (curve[step] / first[step] - 1) for step in steps], linewidth=1.0)
+    apart.set_xlabel("step")
+    losses.set_ylabel("loss of the trained tokens")
+    apart.set_ylabel("% from the first")
+    losses.legend(frameon=False)
+    for axes in (losses, apart):
+        axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -331,6 +360,8 @@ def main():
     sub.add_argument("--work", required=True)
     sub.add_argument("--compute", required=True, choices=["f32", "bf16"])
     sub.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    sub.add_argument("--round-once", action="store_true",
+                     help="add the adapter's part before a linear's result is rounded")
     sub.add_argument("--out", required=True)
     sub.add_argument("--steps", type=int, default=STEPS, help="fewer, for a trial")
     sub.add_argument("--threads", type=int)
