@@ -3,9 +3,9 @@
 // most of what a launch costs in a graph of many short kernels.
 //
 // The contract: the first statement of a kernel started by start_kernel() is begin_kernel(), in
-// every block and before any return or access of global memory (its parameters aside). A kernel that ends
-// without having waited would let the one after it start before the one before it is done. Where
-// there is work that nothing before can have written, admit_successor(), that work and
+// every block and before any return or access of global memory (its parameters aside). A kernel
+// that ends without having waited would let the one after it start before the one before it is
+// done. Where there is work that nothing before can have written, admit_successor(), that work and
 // wait_for_predecessor() take begin_kernel()'s place.
 #pragma once
 
