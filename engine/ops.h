@@ -92,8 +92,10 @@ struct AttentionParams {
   std::int32_t head_dim;
   float scale;  // usually head_dim^-0.5
 };
-// Causal attention within documents: row t sees keys span_begin[t] .. t. q [T, heads * head_dim],
-// k and v [T, kv_heads * head_dim]; query head h reads kv head h / (heads / kv_heads).
+// Causal attention within documents: row t sees keys span_begin[t] .. t, and span_begin never falls
+// from row to row. With a sliding window it is max(document, t + 1 - window).
+// q [T, heads * head_dim], k and v [T, kv_heads * head_dim]; query head h reads kv head
+// h / (heads / kv_heads).
 // Output 0: o, like q. Output 1: log-sum-exp of the scaled scores, stat [T, heads].
 Tensor attention(Tensor q, Tensor k, Tensor v, Tensor span_begin, std::int32_t head_dim,
                  float scale);

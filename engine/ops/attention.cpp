@@ -167,20 +167,31 @@ struct Case {
   std::int32_t head_dim;
   std::int64_t document;  // rows of each packed document; the last one may be shorter
   float scale;
+  std::int64_t window = 0;  // rows that a row sees of its document, itself included; 0: all
+
+  std::int64_t begin(std::int64_t t) const {
+    const std::int64_t first = t / document * document;
+    return window > 0 ? std::max(first, t + 1 - window) : first;
+  }
+  std::int64_t longest() const { return window > 0 ? window : document; }
 };
 
 // The first is small enough for finite differences; then grouped heads, one shared head, one-row
-// documents (padding), and lengths around the tiles of 64 rows that kernels use.
+// documents (padding), lengths around the tiles of 64 rows that kernels use, a window.
 constexpr Case kCases[] = {
-    {"one document", 5, 2, 2, 3, 5, 0.6f},          {"grouped heads", 6, 4, 2, 2, 4, 0.7f},
-    {"documents of one row", 3, 1, 1, 2, 1, 1.0f},  {"packed documents", 150, 6, 2, 20, 47, 0.25f},
-    {"past two tiles", 193, 3, 1, 64, 193, 0.125f}, {"one wide head", 65, 1, 1, 129, 64, 0.09f},
+    {"one document", 5, 2, 2, 3, 5, 0.6f},
+    {"grouped heads", 6, 4, 2, 2, 4, 0.7f},
+    {"documents of one row", 3, 1, 1, 2, 1, 1.0f},
+    {"packed documents", 150, 6, 2, 20, 47, 0.25f},
+    {"past two tiles", 193, 3, 1, 64, 193, 0.125f},
+    {"one wide head", 65, 1, 1, 129, 64, 0.09f},
+    {"sliding window", 200, 2, 1, 64, 150, 0.125f, 70},
 };
 
 std::vector<Sample> samples() {
   std::vector<Sample> all;
   for (const Case& c : kCases) {
-    const auto begin = [n = c.document](std::int64_t t) { return t / n * n; };
+    const auto begin = [c](std::int64_t t) { return c.begin(t); };
     all.push_back({c.label,
                    {{Role::activation, {c.rows, c.heads * c.head_dim}},
                     {Role::activation, {c.rows, c.kv_heads * c.head_dim}},
@@ -189,7 +200,7 @@ std::vector<Sample> samples() {
                    [c](Graph&, std::span<const Tensor> in) {
                      return attention(in[0], in[1], in[2], in[3], c.head_dim, c.scale);
                    },
-                   c.document + c.head_dim});
+                   c.longest() + c.head_dim});
   }
   return all;
 }
@@ -197,11 +208,11 @@ std::vector<Sample> samples() {
 std::vector<Sample> samples_backward() {
   std::vector<Sample> all;
   for (const Case& c : kCases) {
-    const auto begin = [n = c.document](std::int64_t t) { return t / n * n; };
+    const auto begin = [c](std::int64_t t) { return c.begin(t); };
     const Shape q{c.rows, c.heads * c.head_dim}, kv{c.rows, c.kv_heads * c.head_dim};
     // Independent random o and lse do not belong together; the formulas hold all the same, and a
     // log-sum-exp near log(span) + 1 keeps probabilities at the size they really have.
-    const double lse = std::log(static_cast<double>(c.document)) + 1;
+    const double lse = std::log(static_cast<double>(c.longest())) + 1;
     all.push_back({c.label,
                    {{Role::activation, q},
                     {Role::activation, kv},
@@ -214,7 +225,7 @@ std::vector<Sample> samples_backward() {
                      return attention_backward(in[0], in[1], in[2], in[3], in[4], in[5], in[6],
                                                c.head_dim, c.scale);
                    },
-                   c.document * (c.heads / c.kv_heads) + c.head_dim});
+                   c.longest() * (c.heads / c.kv_heads) + c.head_dim});
   }
   return all;
 }
