@@ -163,6 +163,17 @@ FinetuneSetup bench_setup(const BenchRequest& r, std::int64_t rank) {
   return s;
 }
 
+// The rates are measured on an empty machine, right after what was timed. What holds memory goes
+// before the backend that it came from.
+MachineRates peak_after(FinetuneSetup& s, const BenchRequest& r, std::int64_t rows) {
+  s.decoder.reset();
+  s.trainer.reset();
+  s.loaded.reset();
+  s.backend.reset();
+  const int threads = r.where.threads > 0 ? r.where.threads : os::physical_cores();
+  return machine_rates(*open_backend(r.where, 0), threads, rows, r.peak_seconds);
+}
+
 }  // namespace
 
 int bench_train(const BenchRequest& r, std::ostream& out, std::ostream& log) {
@@ -206,15 +217,7 @@ int bench_train(const BenchRequest& r, std::ostream& out, std::ostream& log) {
   const std::string description = s.backend->info().description, storage = s.fit.storage;
   const double time = median(seconds), flops = step_flops(s, rows);
   const std::int64_t fit_bytes = s.fit.total_bytes();
-  // The rates are measured on an empty card, right after the steps. What holds memory goes before
-  // the backend that it came from.
-  s.decoder.reset();
-  s.trainer.reset();
-  s.loaded.reset();
-  s.backend.reset();
-  const auto backend = open_backend(r.where, 0);
-  const int threads = r.where.threads > 0 ? r.where.threads : os::physical_cores();
-  const MachineRates peak = machine_rates(*backend, threads, rows, r.peak_seconds);
+  const MachineRates peak = peak_after(s, r, rows);
   const double tokens_per_s = static_cast<double>(rows) / time;
   const double joules =
       before.joules < 0 || after.joules < 0
@@ -302,13 +305,7 @@ int bench_decode(const BenchRequest& r, std::ostream& out, std::ostream&) {
     s.decoder->reset();
     s.decoder->choose(prompt, 0, prompt_table.hook());
     s.decoder->choose({prompt.data(), 1}, 0, token_table.hook());
-    s.decoder.reset();
-    s.trainer.reset();
-    s.loaded.reset();
-    s.backend.reset();
-    peak = machine_rates(*open_backend(r.where, 0),
-                         r.where.threads > 0 ? r.where.threads : os::physical_cores(), r.prompt,
-                         r.peak_seconds);
+    peak = peak_after(s, r, r.prompt);
   }
   if (r.json) {
     Json row = {

@@ -6,9 +6,8 @@
 // of a lane differ by multiples of 8 between fragments, thus the address of fragment k along the
 // row is `start ^ 32 k` and that of other rows a constant further.
 //
-// Fragments (PTX ISA, mma.m16n8k16): with g = lane / 4 and p = lane % 4, an accumulator holds
-// rows g and g + 8, columns 2p and 2p + 1. Two accumulators side by side, rounded to BF16, are the
-// left operand of the next product.
+// Two accumulators (mma.cuh) side by side, rounded to BF16, are the left operand of the next
+// product.
 #pragma once
 
 #include "backends/cuda/mma.cuh"

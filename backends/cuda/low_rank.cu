@@ -29,7 +29,6 @@ using low_rank::Finish;
 using low_rank::Order;
 using low_rank::Product;
 
-constexpr std::int64_t kTokenTile = 512;
 // Sums of slices in scratch beyond this are not worth their memory: a block then takes all slices.
 constexpr std::int64_t kMostScratch = 64 << 20;
 
@@ -225,21 +224,12 @@ Cut cut(std::int64_t m, std::int64_t cols, std::int64_t rank, const Card& card) 
   return {rows, slice, ceil_div(cols, slice)};
 }
 
-std::int64_t thin_scratch_bytes(DType dtype, std::int64_t m, std::int64_t cols, std::int64_t rank,
-                                const Card& card) {
-  if (dtype == DType::F32) return ceil_div(cols, kPlainSlice) * m * rank * 4;
-  const std::int64_t slices = cut(m, cols, rank, card).slices;
-  return slices == 1 ? 0 : slices * m * rank * 4;
+std::int64_t thin_scratch_bytes(const Thin& t, const Card& card) {
+  if (thin_hopper_supports(t, card)) return 0;
+  if (t.dtype == DType::F32) return ceil_div(t.cols, kPlainSlice) * t.m * t.rank * 4;
+  const std::int64_t slices = cut(t.m, t.cols, t.rank, card).slices;
+  return slices == 1 ? 0 : slices * t.m * t.rank * 4;
 }
-
-struct Thin {
-  std::int64_t m, cols, rank;
-  const void* wide;
-  const void* narrow;
-  DropoutArgs drop;
-  float scale;
-  void* out;
-};
 
 template <Order kOrderB>
 void thin_bf16(const Thin& t, void* scratch, const Launch& launch) {
@@ -296,11 +286,23 @@ void thin_f32(const Thin& t, void* scratch, const Launch& launch) {
                           launch);
 }
 
-template <Order kOrderB>
-void thin(DType dtype, const Thin& t, void* scratch, const Launch& launch) {
+void thin(const Thin& t, void* scratch, const Launch& launch) {
   if (t.m == 0) return;
-  if (dtype == DType::F32) return thin_f32<kOrderB>(t, scratch, launch);
-  thin_bf16<kOrderB>(t, scratch, launch);
+  if (thin_hopper_supports(t, *launch.card)) return thin_hopper(t, launch);
+  constexpr auto kAlong = Order::k_along_rows, kDown = Order::k_down_rows;
+  if (t.dtype == DType::F32) {
+    return t.narrow_by_cols ? thin_f32<kDown>(t, scratch, launch)
+                            : thin_f32<kAlong>(t, scratch, launch);
+  }
+  return t.narrow_by_cols ? thin_bf16<kDown>(t, scratch, launch)
+                          : thin_bf16<kAlong>(t, scratch, launch);
+}
+
+Thin thin_of(const DownProduct& p) {
+  return {p.dtype, p.m, p.cols, p.rank, p.x, p.a, /*narrow_by_cols=*/false, p.drop, p.scale, p.u};
+}
+Thin thin_of(const UpGradient& p) {
+  return {p.dtype, p.m, p.cols, p.rank, p.dy, p.b, /*narrow_by_cols=*/true, {}, p.scale, p.du};
 }
 
 // -- Sums over tokens --------------------------------------------------------------------------
@@ -323,7 +325,7 @@ bool on_tensor_cores(DType left, DType right) {
 }
 
 void token_sum_bf16(const TokenSum& p, Meet how, void* scratch, const Launch& launch) {
-  const low_rank::Operand left = operand(p.left, p.left_stride ? p.left_stride : p.left_cols);
+  const low_rank::Operand left = operand(p.left, p.left_pitch());
   const low_rank::Operand right = operand(p.right, p.right_cols);
   const bool a_is_right = p.drop.p > 0 || p.right_cols > p.left_cols;
   Product q{};
@@ -353,7 +355,7 @@ template <class Left, class Right>
 void token_sum_plain(const TokenSum& p, Meet how, void* scratch, const Launch& launch) {
   const PlainProduct<Left, Right> q{static_cast<const Left*>(p.left),
                                     1,
-                                    p.left_stride ? p.left_stride : p.left_cols,
+                                    p.left_pitch(),
                                     static_cast<const Right*>(p.right),
                                     p.right_cols,
                                     1,
@@ -369,37 +371,20 @@ void token_sum_plain(const TokenSum& p, Meet how, void* scratch, const Launch& l
   run_plain(q, launch);
 }
 
-ThinHopper on_hopper(const DownProduct& p) {
-  return {p.m, p.cols, p.rank, p.x, p.a, /*narrow_by_cols=*/false, p.scale, p.u};
-}
-ThinHopper on_hopper(const UpGradient& p) {
-  return {p.m, p.cols, p.rank, p.dy, p.b, /*narrow_by_cols=*/true, p.scale, p.du};
-}
-template <class P>
-bool takes_hopper(const P& p, const Card& card) {
-  return p.dtype == DType::BF16 && thin_hopper_supports(on_hopper(p), card);
-}
-
 }  // namespace
 
 std::int64_t down_scratch_bytes(const DownProduct& p, const Card& card) {
-  if (p.drop.p == 0 && takes_hopper(p, card)) return 0;
-  return thin_scratch_bytes(p.dtype, p.m, p.cols, p.rank, card);
+  return thin_scratch_bytes(thin_of(p), card);
 }
 void down_product(const DownProduct& p, void* scratch, const Launch& launch) {
-  if (p.drop.p == 0 && takes_hopper(p, *launch.card)) return thin_hopper(on_hopper(p), launch);
-  thin<Order::k_along_rows>(p.dtype, {p.m, p.cols, p.rank, p.x, p.a, p.drop, p.scale, p.u}, scratch,
-                            launch);
+  thin(thin_of(p), scratch, launch);
 }
 
 std::int64_t up_gradient_scratch_bytes(const UpGradient& p, const Card& card) {
-  if (takes_hopper(p, card)) return 0;
-  return thin_scratch_bytes(p.dtype, p.m, p.cols, p.rank, card);
+  return thin_scratch_bytes(thin_of(p), card);
 }
 void up_gradient(const UpGradient& p, void* scratch, const Launch& launch) {
-  if (takes_hopper(p, *launch.card)) return thin_hopper(on_hopper(p), launch);
-  thin<Order::k_down_rows>(p.dtype, {p.m, p.cols, p.rank, p.dy, p.b, {}, p.scale, p.du}, scratch,
-                           launch);
+  thin(thin_of(p), scratch, launch);
 }
 
 std::int64_t token_sum_scratch_bytes(const TokenSum& p, const Card& card) {

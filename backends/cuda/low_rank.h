@@ -3,13 +3,15 @@
 //
 // Scratch depends on dtypes, shapes and whether there is dropout, never on addresses.
 //
-// All in F32 with one rounding at the store. Sums over tokens run in tiles of 512 rows, in order:
-// acc = acc + tile_sum.
+// All in F32 with one rounding at the store. Sums over tokens run in tiles of kTokenTile rows, in
+// order: acc = acc + tile_sum.
 #pragma once
 
 #include "backends/cuda/common.cuh"
 
 namespace nibble::cuda {
+
+inline constexpr int kTokenTile = 512;
 
 // u[m, r] = scale * sum_c drop(x)[m, c] a[r, c]; x [m, cols], a [r, cols] row major, dtype of all:
 // BF16 or F32. With dropout, kept elements enter unscaled: put 1/(1-p) into scale.
@@ -49,6 +51,8 @@ struct TokenSum {
   float scale;
   float* acc;
   std::int64_t left_stride = 0;  // elements, a row readable to it; 0: rows are contiguous
+
+  std::int64_t left_pitch() const { return left_stride != 0 ? left_stride : left_cols; }
 };
 std::int64_t token_sum_scratch_bytes(const TokenSum& p, const Card& card);
 void token_sum(const TokenSum& p, void* scratch, const Launch& launch);

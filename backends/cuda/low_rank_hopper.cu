@@ -25,7 +25,6 @@ namespace {
 using namespace hopper;
 
 constexpr int kDepth = 64;  // of a stage
-constexpr int kTokenTile = 512;
 
 struct Job {
   CUtensorMap wide, narrow;
@@ -253,17 +252,15 @@ bool can_copy(std::int64_t stride) { return stride % 8 == 0; }  // rows of whole
 }  // namespace
 
 bool token_sum_hopper_supports(const TokenSum& p, const Card& card) {
-  const std::int64_t left_stride = p.left_stride ? p.left_stride : p.left_cols;
   const std::int64_t rank = std::min(p.left_cols, p.right_cols);
   const std::int64_t width = std::max(p.left_cols, p.right_cols);
   return card.hopper && p.left_dtype == DType::BF16 && p.right_dtype == DType::BF16 &&
-         p.drop.p == 0 && can_copy(left_stride) && can_copy(p.right_cols) &&
+         p.drop.p == 0 && can_copy(p.left_pitch()) && can_copy(p.right_cols) &&
          rank >= kLeastSumRank && rank <= kMostRank && p.rows >= 1 && p.rows <= kMost &&
          width <= kMost && (width >= 2048 || p.rows <= 2048);
 }
 
 void token_sum_hopper(const TokenSum& p, const Launch& launch) {
-  const std::int64_t left_stride = p.left_stride ? p.left_stride : p.left_cols;
   const bool left_is_wide = p.left_cols >= p.right_cols;
   Job job{};
   job.width = left_is_wide ? p.left_cols : p.right_cols;
@@ -274,17 +271,17 @@ void token_sum_hopper(const TokenSum& p, const Launch& launch) {
   job.wide_is_row = left_is_wide;
   job.out = p.acc;
   const void *wide = left_is_wide ? p.left : p.right, *narrow = left_is_wide ? p.right : p.left;
-  run<across, across>(job, wide, left_is_wide ? left_stride : p.right_cols, narrow,
-                      left_is_wide ? p.right_cols : left_stride, p.rows, launch);
+  run<across, across>(job, wide, left_is_wide ? p.left_pitch() : p.right_cols, narrow,
+                      left_is_wide ? p.right_cols : p.left_pitch(), p.rows, launch);
 }
 
-bool thin_hopper_supports(const ThinHopper& p, const Card& card) {
-  return card.hopper && p.m >= 2048 && p.m <= kMost && p.cols >= 1 && p.cols <= kMost &&
-         p.rank >= kLeastThinRank && p.rank <= kMostRank && can_copy(p.cols) &&
-         (!p.narrow_by_cols || can_copy(p.rank));
+bool thin_hopper_supports(const Thin& p, const Card& card) {
+  return card.hopper && p.dtype == DType::BF16 && p.drop.p == 0 && p.m >= 2048 && p.m <= kMost &&
+         p.cols >= 1 && p.cols <= kMost && p.rank >= kLeastThinRank && p.rank <= kMostRank &&
+         can_copy(p.cols) && (!p.narrow_by_cols || can_copy(p.rank));
 }
 
-void thin_hopper(const ThinHopper& p, const Launch& launch) {
+void thin_hopper(const Thin& p, const Launch& launch) {
   Job job{};
   job.width = p.m;
   job.rank = static_cast<int>(p.rank);

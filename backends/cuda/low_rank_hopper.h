@@ -10,17 +10,19 @@ namespace nibble::cuda {
 bool token_sum_hopper_supports(const TokenSum& p, const Card& card);
 void token_sum_hopper(const TokenSum& p, const Launch& launch);
 
-// out[m, r] = scale * sum_c wide[m, c] narrow(c, r); narrow is [rank, cols] (an adapter's A), or
-// [cols, rank] when `narrow_by_cols` (its B).
-struct ThinHopper {
+// A thin product: out[m, r] = scale * sum_c drop(wide)[m, c] narrow(c, r); narrow is [rank, cols]
+// (an adapter's A), or [cols, rank] when `narrow_by_cols` (its B).
+struct Thin {
+  DType dtype;
   std::int64_t m, cols, rank;
   const void* wide;
   const void* narrow;
   bool narrow_by_cols;
+  DropoutArgs drop;
   float scale;
   void* out;
 };
-bool thin_hopper_supports(const ThinHopper& p, const Card& card);
-void thin_hopper(const ThinHopper& p, const Launch& launch);
+bool thin_hopper_supports(const Thin& p, const Card& card);
+void thin_hopper(const Thin& p, const Launch& launch);
 
 }  // namespace nibble::cuda
