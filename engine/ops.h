@@ -90,18 +90,18 @@ Tensor rope(Tensor x, Tensor positions, Tensor frequencies, std::int32_t head_di
 
 struct AttentionParams {
   std::int32_t head_dim;
-  float scale;  // usually head_dim^-0.5
+  float scale;         // usually head_dim^-0.5
+  float soft_cap = 0;  // above 0: a score s becomes soft_cap * tanh(s / soft_cap)
 };
 // Causal attention within documents: row t sees keys span_begin[t] .. t, and span_begin never falls
 // from row to row. With a sliding window it is max(document, t + 1 - window).
 // q [T, heads * head_dim], k and v [T, kv_heads * head_dim]; query head h reads kv head
 // h / (heads / kv_heads).
-// Output 0: o, like q. Output 1: log-sum-exp of the scaled scores, stat [T, heads].
-Tensor attention(Tensor q, Tensor k, Tensor v, Tensor span_begin, std::int32_t head_dim,
-                 float scale);
+// Output 0: o, like q. Output 1: log-sum-exp of the scores, stat [T, heads].
+Tensor attention(Tensor q, Tensor k, Tensor v, Tensor span_begin, const AttentionParams& params);
 // Outputs dq, dk, dv. Deterministic: sums run over queries in ascending order.
 Tensor attention_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor dy,
-                          Tensor span_begin, std::int32_t head_dim, float scale);
+                          Tensor span_begin, const AttentionParams& params);
 
 struct KvAppendParams {
   std::int32_t head_dim;
@@ -111,7 +111,7 @@ struct KvAppendParams {
 Tensor kv_append(Tensor cache, Tensor x, Tensor position, std::int32_t head_dim);
 // Row t of q has position `position + t` and sees cache rows 0 .. position + t.
 Tensor attention_cached(Tensor q, Tensor k_cache, Tensor v_cache, Tensor position,
-                        std::int32_t head_dim, float scale);
+                        const AttentionParams& params);
 
 // -- Elementwise -------------------------------------------------------------------------------
 

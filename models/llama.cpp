@@ -171,7 +171,7 @@ Tensor Llama::build_loss(Graph& graph, const LossInputs& inputs) const {
     graph.begin_segment(inputs.rung);
     x = decoder_block(graph, x, inputs.positions, block, &inputs,
                       [&](Tensor q, Tensor k, Tensor v) {
-                        return attention(q, k, v, inputs.span_begin, head_dim, scale);
+                        return attention(q, k, v, inputs.span_begin, {head_dim, scale});
                       });
     graph.end_segment();
   }
@@ -193,7 +193,7 @@ Tensor Llama::build_logits(Graph& graph, const DecodeInputs& inputs, std::int64_
                                         inputs.position, head_dim);
           const Tensor values = kv_append(graph.state(block_name(block, "cache_v"), cache_type), v,
                                           inputs.position, head_dim);
-          return attention_cached(q, keys, values, inputs.position, head_dim, scale);
+          return attention_cached(q, keys, values, inputs.position, {head_dim, scale});
         });
   }
   x = rms_norm(x, weight(graph, "output_norm.weight"), static_cast<float>(config_.rms_eps));

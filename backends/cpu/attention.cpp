@@ -44,8 +44,8 @@ void run_typed(const OpCall& call, ThreadPool& pool, std::int64_t bytes_per_thre
     }
     const std::int64_t kv = head / group * d;
     Scratch scratch(static_cast<std::byte*>(call.scratch) + thread * bytes_per_thread);
-    attend<S>(queries, {call.input<S>(1) + kv, call.input<S>(2) + kv, kv_stride}, d, params.scale,
-              kTile, thread_scratch<T>(scratch, call));
+    attend<S>(queries, {call.input<S>(1) + kv, call.input<S>(2) + kv, kv_stride}, d,
+              {params.scale, params.soft_cap}, kTile, thread_scratch<T>(scratch, call));
   });
 }
 

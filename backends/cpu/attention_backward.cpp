@@ -22,7 +22,7 @@ struct Problem {
   using T = Arith<S>;
   explicit Problem(const OpCall& call)
       : d(call.node->get<AttentionParams>().head_dim),
-        scale(static_cast<T>(call.node->get<AttentionParams>().scale)),
+        score{call.node->get<AttentionParams>().scale, call.node->get<AttentionParams>().soft_cap},
         rows(call.in_types[0].shape[0]),
         stride(call.in_types[0].shape[1]),
         kv_stride(call.in_types[1].shape[1]),
@@ -45,7 +45,7 @@ struct Problem {
   }
 
   std::int64_t d;
-  T scale;
+  Score<T> score;
   std::int64_t rows, stride, kv_stride, heads, kv_heads, group;
   const S *q, *k, *v, *o;
   const T* lse;
@@ -92,17 +92,18 @@ std::int64_t scratch_bytes(const OpCall& call, int threads) {
   return scratch.used();
 }
 
-// p = exp(scale s - lse) where visible, else 0, and ds = p (dp - D), for one row of a tile.
+// p = exp(s - lse) where visible, else 0, and dx = p (dp - D) ds/dx, for one row of a tile.
 // `visible` is null when every lane is; lse and sums hold a value per lane.
 template <class T, class Visible>
-[[gnu::always_inline]] inline void softmax_gradient(T* p_row, T* ds_row, T scale, Visible visible) {
+[[gnu::always_inline]] inline void softmax_gradient(T* p_row, T* ds_row, const Score<T>& score,
+                                                    Visible visible) {
   using Vector = typename Simd<T>::Vec;
   for (int i = 0; i < kTile; i += Simd<T>::lanes) {
     const auto [lse, sum, mask] = visible(i);
-    const Vector e = exp(load(p_row + i) * scale - lse);
-    const Vector p = mask ? e : Vector{};
+    const Vector s = score.of(load(p_row + i)), e = exp(s - lse), p = mask ? e : Vector{};
+    const Vector ds = p * (load(ds_row + i) - sum);
     store(p_row + i, p);
-    store(ds_row + i, p * (load(ds_row + i) - sum));
+    store(ds_row + i, score.soft_cap > 0 ? ds * score.slope(s) : ds);
   }
 }
 
@@ -152,7 +153,7 @@ void query_task(const Problem<S>& n, std::int64_t tile, std::int64_t head, Arith
     product<T>(rows, d, {s.row_b, d, 1}, s.lane_b, s.ds_tile, kTile);
     for (std::int64_t r = 0; r < rows; ++r) {
       const auto key = splat(static_cast<T>(j + r - lowest));
-      softmax_gradient<T>(s.p_tile + r * kTile, s.ds_tile + r * kTile, n.scale, [&](int i) {
+      softmax_gradient<T>(s.p_tile + r * kTile, s.ds_tile + r * kTile, n.score, [&](int i) {
         return RowTerms<T>{load(lse + i), load(sum + i),
                            (key >= load(first + i)) & (key <= load(last + i))};
       });
@@ -160,7 +161,7 @@ void query_task(const Problem<S>& n, std::int64_t tile, std::int64_t head, Arith
     product<T>(d, rows, {s.row_a, 1, d}, s.ds_tile, s.sum_a, kTile, j > lowest);
   }
   for (int i = 0; i < count; ++i) {
-    from_lane(s.sum_a, kTile, i, n.scale, d, n.dq + n.query(begin + i, head));
+    from_lane(s.sum_a, kTile, i, n.score.scale, d, n.dq + n.query(begin + i, head));
   }
 }
 
@@ -185,7 +186,7 @@ void add_queries(const Problem<S>& n, std::int64_t begin, std::int64_t rows, std
       return splat(static_cast<T>(std::clamp<std::int64_t>(key - first_key, -1, kTile)));
     };
     const auto first = bounded(n.span_begin[t]), last = bounded(t);
-    softmax_gradient<T>(s.p_tile + r * kTile, s.ds_tile + r * kTile, n.scale, [&](int i) {
+    softmax_gradient<T>(s.p_tile + r * kTile, s.ds_tile + r * kTile, n.score, [&](int i) {
       return RowTerms<T>{lse, sum, (load(number + i) >= first) & (load(number + i) <= last)};
     });
   }
@@ -214,7 +215,7 @@ void key_task(const Problem<S>& n, std::int64_t tile, std::int64_t kv_head, cons
     }
   }
   for (int i = 0; i < count; ++i) {
-    from_lane(s.sum_a, kTile, i, n.scale, d, n.dk + n.key(begin + i, kv_head));
+    from_lane(s.sum_a, kTile, i, n.score.scale, d, n.dk + n.key(begin + i, kv_head));
     from_lane(s.sum_b, kTile, i, T{1}, d, n.dv + n.key(begin + i, kv_head));
   }
 }

@@ -77,7 +77,7 @@ void run_typed(const OpCall& call, ThreadPool& pool, std::int64_t bytes_per_thre
   const std::int64_t position =
       read_position("attention_cached", call.input<std::int32_t>(3), plan.rows, plan.context);
   const std::int64_t tiles = task_count(pairs, width);
-  const auto scale = static_cast<T>(call.node->get<AttentionParams>().scale);
+  const auto params = call.node->get<AttentionParams>();
   pool.parallel_for(tiles * plan.kv_heads, [&](std::int64_t task, int thread) {
     const std::int64_t tile = tiles - 1 - task / plan.kv_heads, kv_head = task % plan.kv_heads;
     Queries<S> queries;
@@ -89,8 +89,8 @@ void run_typed(const OpCall& call, ThreadPool& pool, std::int64_t bytes_per_thre
     }
     const std::int64_t kv = kv_head * plan.context * d;
     Scratch scratch(static_cast<std::byte*>(call.scratch) + thread * bytes_per_thread);
-    attend<S>(queries, {call.input<S>(1) + kv, call.input<S>(2) + kv, d}, d, scale, width,
-              thread_scratch<T>(scratch, plan));
+    attend<S>(queries, {call.input<S>(1) + kv, call.input<S>(2) + kv, d}, d,
+              {params.scale, params.soft_cap}, width, thread_scratch<T>(scratch, plan));
   });
 }
 

@@ -187,17 +187,34 @@ struct AttendScratch {
   T* scores;  // [keys, width]
 };
 
-// Scales row `key` of the scores, masks lanes that do not see it, and folds it into `largest`.
-// first and last are relative to the first key of the tile.
+// Scores from dot products (engine/ops/attention.cpp).
+template <class T>
+struct Score {
+  T scale, soft_cap;
+  template <class Vector>
+  [[gnu::always_inline]] Vector of(Vector dot) const {
+    const Vector x = dot * scale;
+    return soft_cap > 0 ? tanh(x / soft_cap) * soft_cap : x;
+  }
+  // The factor of the gradient.
+  template <class Vector>
+  [[gnu::always_inline]] Vector slope(Vector score) const {
+    const Vector part = score / soft_cap;
+    return 1 - part * part;
+  }
+};
+
+// Turns row `key` of dot products into scores, masks lanes that do not see it, and folds it into
+// `largest`. first and last are relative to the first key of the tile.
 template <class T>
 [[gnu::always_inline]] inline void mask_and_fold(T* row, std::int64_t key, std::int64_t width,
-                                                 T scale, bool all_see, const T* first,
-                                                 const T* last, T* largest) {
+                                                 const Score<T>& score, bool all_see,
+                                                 const T* first, const T* last, T* largest) {
   constexpr int lanes = Simd<T>::lanes;
   const auto position = splat(static_cast<T>(key));
   const auto hidden = splat(-std::numeric_limits<T>::infinity());
   for (std::int64_t i = 0; i < width; i += lanes) {
-    auto s = load(row + i) * scale;
+    auto s = score.of(load(row + i));
     if (!all_see) {
       s = position >= load(first + i) ? s : hidden;
       s = position <= load(last + i) ? s : hidden;
@@ -209,8 +226,9 @@ template <class T>
 }
 
 template <class S>
-void attend(const Queries<S>& lanes_in, const KeyValues<S>& kv, std::int64_t d, Arith<S> scale,
-            std::int64_t width, const AttendScratch<Arith<S>>& scratch) {
+void attend(const Queries<S>& lanes_in, const KeyValues<S>& kv, std::int64_t d,
+            const Score<Arith<S>>& score, std::int64_t width,
+            const AttendScratch<Arith<S>>& scratch) {
   using T = Arith<S>;
   constexpr int lanes = Simd<T>::lanes;
   const int count = lanes_in.count;
@@ -234,7 +252,7 @@ void attend(const Queries<S>& lanes_in, const KeyValues<S>& kv, std::int64_t d, 
     for (std::int64_t r = 0; r < rows; ++r) {
       const std::int64_t key = j + r;
       const bool all_see = count == width && key >= *most - begin && key <= *least - begin;
-      mask_and_fold(scores + r * width, key, width, scale, all_see, first, last, largest);
+      mask_and_fold(scores + r * width, key, width, score, all_see, first, last, largest);
     }
   }
   for (int i = count; i < width; ++i) largest[i] = 0;  // idle lanes: exp(-inf) = 0, no NaN

@@ -10,7 +10,8 @@
 // of a long document have the most keys and are launched first; the heads of a tile are launched
 // side by side and find its keys in the cache.
 //
-// Everything else runs in F32 on ordinary cores (attention_rows.cuh), 16 queries per block.
+// Everything else, soft caps too, runs in F32 on ordinary cores (attention_rows.cuh), 16 queries
+// per block.
 //
 // Limits: head_dim up to 256. span_begin[t] does not fall as t grows (documents are contiguous);
 // values outside 0 .. t are read as the nearest of these, but by the Hopper kernels, which want
@@ -29,7 +30,7 @@ struct Args {
   void* o;
   float* lse;
   int rows, heads, kv_heads, head_dim;
-  float scale;
+  float scale, soft_cap;
 };
 
 // The first key that query t sees; queries past the end see none.
@@ -314,6 +315,7 @@ __global__ void __launch_bounds__(kRowThreads) attend_rows(const Args a) {
   int begin[kRowsPerWarp];
   for (int r = 0; r < kRowsPerWarp; ++r) begin[r] = first_key(a, row + r);
 
+  const Score score{a.scale, a.soft_cap};
   OnlineSoftmax<kPasses> softmax;
   softmax.clear();
   for (int j = first_key(a, t0); j < end; j += kStreamed) {
@@ -326,7 +328,7 @@ __global__ void __launch_bounds__(kRowThreads) attend_rows(const Args a) {
     dot_rows(scores, q + warp * kRowsPerWarp * width, k + lane * width, d);
     for (int r = 0; r < kRowsPerWarp; ++r) {
       const bool sees = j + lane >= begin[r] && j + lane <= row + r;
-      scores[r] = sees ? scores[r] * a.scale : -INFINITY;
+      scores[r] = sees ? score.of(scores[r]) : -INFINITY;
     }
     softmax.add(scores, v, d);
   }
@@ -383,7 +385,8 @@ void run(const OpCall& call, const Launch& launch) {
                static_cast<int>(n.heads),
                static_cast<int>(n.kv_heads),
                static_cast<int>(n.head_dim),
-               n.params.scale};
+               n.params.scale,
+               n.params.soft_cap};
   if (attention_on_tensor_cores(call)) {
     if (n.head_dim == 64) return launch_mma<64, 64>(a, launch);
     return launch_mma<128, 64>(a, launch);

@@ -32,10 +32,10 @@ struct AttentionShape {
 };
 
 // Whether the tensor core kernels take the call. They find the maximum of scores before scaling
-// them, so the scale has to be positive.
+// them, so the scale has to be positive, and know no soft cap.
 inline bool attention_on_tensor_cores(const OpCall& call) {
   const auto params = call.node->get<AttentionParams>();
-  return call.out_types[0].dtype == DType::BF16 && params.scale > 0 &&
+  return call.out_types[0].dtype == DType::BF16 && params.scale > 0 && params.soft_cap == 0 &&
          (params.head_dim == 64 || params.head_dim == 128);
 }
 

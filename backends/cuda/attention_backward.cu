@@ -483,6 +483,7 @@ Args arguments(const OpCall& call, std::int64_t* used) {
   a.kv_heads = static_cast<int>(n.kv_heads);
   a.head_dim = static_cast<int>(n.head_dim);
   a.scale = n.params.scale;
+  a.soft_cap = n.params.soft_cap;
   a.padded_rows = static_cast<int>(round_up(n.rows, kQueries));
   *used = 0;
   const auto take = [&](auto*& array, std::int64_t count) {

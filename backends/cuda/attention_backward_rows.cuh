@@ -18,7 +18,7 @@ struct AttentionGradient {
   const std::int32_t* span_begin;
   void *dq, *dk, *dv;
   int rows, heads, kv_heads, head_dim;
-  float scale;
+  float scale, soft_cap;
   // Scratch. Rows are padded to whole tiles of queries; padding has D = 0, a probability of 0 and
   // sees no key.
   int padded_rows;
@@ -72,6 +72,7 @@ __global__ void __launch_bounds__(kRowThreads, kPasses == 8 ? 1 : 0)
     lse[r] = a.lse[t * a.heads + head];
     sum[r] = a.sums[static_cast<std::int64_t>(head) * a.padded_rows + t];
   }
+  const Score score{a.scale, a.soft_cap};
   clear(dq);
   for (int j = first_key(a, t0); j < end; j += kStreamed) {
     __syncthreads();
@@ -85,7 +86,8 @@ __global__ void __launch_bounds__(kRowThreads, kPasses == 8 ? 1 : 0)
     dot_rows(dp, dy + warp * kRowsPerWarp * width, v + lane * width, d);
     for (int r = 0; r < kRowsPerWarp; ++r) {
       const bool sees = j + lane >= begin[r] && j + lane <= row + r;
-      dp[r] = sees ? expf(fmaf(s[r], a.scale, -lse[r])) * (dp[r] - sum[r]) : 0.0f;
+      s[r] = score.of(s[r]);
+      dp[r] = sees ? expf(s[r] - lse[r]) * (dp[r] - sum[r]) * score.slope(s[r]) : 0.0f;
     }
     add_weighted<kPasses>(dq, dp, k, d);
   }
@@ -118,6 +120,7 @@ __global__ void __launch_bounds__(kRowThreads, kPasses == 8 ? 1 : 0)
   load_rows(k, static_cast<const T*>(a.k) + kv_at, kv_stride, kOwned, end - j0, d);
   load_rows(v, static_cast<const T*>(a.v) + kv_at, kv_stride, kOwned, end - j0, d);
   float dk[kRowsPerWarp][kPasses], dv[kRowsPerWarp][kPasses];
+  const Score score{a.scale, a.soft_cap};
   clear(dk);
   clear(dv);
   for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
@@ -137,8 +140,9 @@ __global__ void __launch_bounds__(kRowThreads, kPasses == 8 ? 1 : 0)
       dot_rows(dp, v + warp * kRowsPerWarp * width, dy + lane * width, d);
       for (int r = 0; r < kRowsPerWarp; ++r) {
         const bool sees = t < a.rows && key + r >= begin && key + r <= t;
-        s[r] = sees ? expf(fmaf(s[r], a.scale, -lse)) : 0.0f;
-        dp[r] = s[r] * (dp[r] - sum);
+        const float value = score.of(s[r]);
+        s[r] = sees ? expf(value - lse) : 0.0f;
+        dp[r] = s[r] * (dp[r] - sum) * score.slope(value);
       }
       add_weighted<kPasses>(dv, s, dy, d);
       add_weighted<kPasses>(dk, dp, q, d);

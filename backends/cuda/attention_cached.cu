@@ -35,7 +35,7 @@ struct Args {
   void* o;
   int rows, heads, kv_heads, context, head_dim, chunks;
   int out_width;  // head_dim rounded up to whole float4
-  float scale;
+  float scale, soft_cap;
   // Scratch, per chunk and (row, head).
   float* outs;    // [chunks, rows * heads, out_width]
   float2* terms;  // largest score (times log2 e on tensor cores), sum of exponentials
@@ -263,6 +263,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend_chunk_rows(const Args a) {
       q[r * width + c] = valid && c < d ? to_float(from[c]) : 0.0f;
     }
   }
+  const Score score{a.scale, a.soft_cap};
   OnlineSoftmax<kPasses> softmax;
   softmax.clear();
   for (int j = 0; j < keys; j += kStreamed) {
@@ -275,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend_chunk_rows(const Args a) {
     float scores[kRowsPerWarp];
     dot_rows(scores, q, k + lane * width, d);
     for (int r = 0; r < kRowsPerWarp; ++r) {
-      scores[r] = j + lane <= last[r] ? scores[r] * a.scale : -INFINITY;
+      scores[r] = j + lane <= last[r] ? score.of(scores[r]) : -INFINITY;
     }
     softmax.add(scores, v, d);
   }
@@ -367,6 +368,7 @@ Args arguments(const OpCall& call, std::int64_t* used) {
   a.chunks = static_cast<int>(ceil_div(cache[1], kChunk));
   a.out_width = static_cast<int>(round_up(a.head_dim, 4));
   a.scale = params.scale;
+  a.soft_cap = params.soft_cap;
   const std::int64_t partials = static_cast<std::int64_t>(a.chunks) * a.rows * a.heads;
   const std::int64_t outs_bytes = round_up(partials * a.out_width * 4, 256);
   auto* const scratch = static_cast<std::byte*>(call.scratch);

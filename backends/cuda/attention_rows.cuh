@@ -54,6 +54,19 @@ __device__ inline void dot_rows(float (&dots)[kRowsPerWarp], const float* owned,
   }
 }
 
+// A score from its dot product, and the factor of its gradient (engine/ops/attention.cpp).
+struct Score {
+  float scale, soft_cap;
+  __device__ float of(float dot) const {
+    const float x = dot * scale;
+    return soft_cap > 0 ? soft_cap * tanhf(x / soft_cap) : x;
+  }
+  __device__ float slope(float score) const {
+    const float part = soft_cap > 0 ? score / soft_cap : 0.0f;
+    return 1 - part * part;
+  }
+};
+
 // sums[r][i] += sum over streamed rows j of weights[r] of lane j * row j [lane + 32 i].
 template <int kPasses>
 __device__ inline void add_weighted(float (&sums)[kRowsPerWarp][kPasses],

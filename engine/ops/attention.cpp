@@ -3,12 +3,14 @@
 //
 // Per query head h, with its key-value head and j running over the keys that row t sees,
 // span_begin[t] <= j <= t:
-//   s[t,j] = scale * q[t] . k[j]      lse[t] = log sum_j exp(s[t,j])
+//   x[t,j] = scale * q[t] . k[j]      s[t,j] = x[t,j], or cap tanh(x[t,j] / cap) with a soft cap
+//   lse[t] = log sum_j exp(s[t,j])
 //   p[t,j] = exp(s[t,j] - lse[t])     o[t] = sum_j p[t,j] v[j]
 // Gradient for upstream dy of o:
 //   D[t] = dy[t] . o[t]               ds[t,j] = p[t,j] (dy[t] . v[j] - D[t])
-//   dq[t] = scale * sum_j ds[t,j] k[j]
-//   dk[j] = scale * sum_t ds[t,j] q[t]        dv[j] = sum_t p[t,j] dy[t]
+//   dx[t,j] = ds[t,j], with a soft cap times 1 - (s[t,j] / cap)^2
+//   dq[t] = scale * sum_j dx[t,j] k[j]
+//   dk[j] = scale * sum_t dx[t,j] q[t]        dv[j] = sum_t p[t,j] dy[t]
 // dk and dv also sum over the query heads that share the key-value head: heads in ascending order
 // outside, queries in ascending order inside. lse is kept for the gradient alone: it has none
 // itself.
@@ -21,21 +23,19 @@
 
 namespace nibble {
 
-Tensor attention(Tensor q, Tensor k, Tensor v, Tensor span_begin, std::int32_t head_dim,
-                 float scale) {
-  return q.graph->emit(OpId::attention, {q, k, v, span_begin}, AttentionParams{head_dim, scale});
+Tensor attention(Tensor q, Tensor k, Tensor v, Tensor span_begin, const AttentionParams& params) {
+  return q.graph->emit(OpId::attention, {q, k, v, span_begin}, params);
 }
 Tensor attention_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor dy,
-                          Tensor span_begin, std::int32_t head_dim, float scale) {
-  return q.graph->emit(OpId::attention_backward, {q, k, v, o, lse, dy, span_begin},
-                       AttentionParams{head_dim, scale});
+                          Tensor span_begin, const AttentionParams& params) {
+  return q.graph->emit(OpId::attention_backward, {q, k, v, o, lse, dy, span_begin}, params);
 }
 
 namespace {
 
 // q, k and v are inputs 0 to 2. Returns the number of query heads.
 std::int64_t check_qkv(const InferArgs& args) {
-  const std::int64_t d = check::head_dim(args, args.node.get<AttentionParams>().head_dim);
+  const std::int64_t d = check::attention_head_dim(args);
   check::activation(args, 0, "q");
   check::activation(args, 1, "k");
   const std::int64_t heads = check::whole_heads(args, 0, "q", check::in(args, 0).shape[1], d);
@@ -80,9 +80,8 @@ void vjp(VjpArgs& args) {
   }
   const Tensor dy = args.grad(0);
   if (!dy) return;
-  const auto params = args.node().get<AttentionParams>();
   const Tensor dq = attention_backward(args.in(0), args.in(1), args.in(2), args.out(0), args.out(1),
-                                       dy, args.in(3), params.head_dim, params.scale);
+                                       dy, args.in(3), args.node().get<AttentionParams>());
   for (int i = 0; i < 3; ++i) {
     if (args.wants(i)) args.add(i, args.graph().output_of(dq, i));
   }
@@ -91,8 +90,8 @@ void vjp(VjpArgs& args) {
 // The heads of one call as the formulas index them.
 struct Heads {
   explicit Heads(const ReferenceArgs& args)
-      : d(args.node.get<AttentionParams>().head_dim),
-        scale(args.node.get<AttentionParams>().scale),
+      : params(args.node.get<AttentionParams>()),
+        d(params.head_dim),
         rows(args.in_types[0].shape[0]),
         heads(args.in_types[0].shape[1] / d),
         kv_heads(args.in_types[1].shape[1] / d) {}
@@ -108,9 +107,8 @@ struct Heads {
     for (std::size_t c = 0; c < static_cast<std::size_t>(d); ++c) sum += a[i + c] * b[j + c];
     return sum;
   }
-  std::int64_t d;
-  double scale;
-  std::int64_t rows, heads, kv_heads;
+  AttentionParams params;
+  std::int64_t d, rows, heads, kv_heads;
 };
 
 void reference(const ReferenceArgs& args) {
@@ -120,7 +118,7 @@ void reference(const ReferenceArgs& args) {
     const auto begin = static_cast<std::int64_t>(args.in[3][static_cast<std::size_t>(t)]);
     for (std::int64_t h = 0; h < n.heads; ++h) {
       const auto score = [&](std::int64_t j) {
-        return n.scale * n.dot(q, n.query(t, h), k, n.key(j, h));
+        return attention_score(n.params, n.dot(q, n.query(t, h), k, n.key(j, h)));
       };
       double largest = -std::numeric_limits<double>::infinity(), sum = 0;
       for (std::int64_t j = begin; j <= t; ++j) largest = std::max(largest, score(j));
@@ -147,11 +145,12 @@ void reference_backward(const ReferenceArgs& args) {
       const double sum = n.dot(dy, row, o, row);
       for (std::int64_t j = begin; j <= t; ++j) {
         const std::size_t key = n.key(j, h);
-        const double p = std::exp(n.scale * n.dot(q, row, k, key) - lse);
-        const double ds = p * (n.dot(dy, row, v, key) - sum);
+        const double s = attention_score(n.params, n.dot(q, row, k, key)), p = std::exp(s - lse);
+        const double dx =
+            p * (n.dot(dy, row, v, key) - sum) * attention_slope(n.params, s) * n.params.scale;
         for (std::size_t c = 0; c < static_cast<std::size_t>(n.d); ++c) {
-          args.out[0][row + c] += n.scale * ds * k[key + c];
-          args.out[1][key + c] += n.scale * ds * q[row + c];
+          args.out[0][row + c] += dx * k[key + c];
+          args.out[1][key + c] += dx * q[row + c];
           args.out[2][key + c] += p * dy[row + c];
         }
       }
@@ -168,16 +167,18 @@ struct Case {
   std::int64_t document;  // rows of each packed document; the last one may be shorter
   float scale;
   std::int64_t window = 0;  // rows that a row sees of its document, itself included; 0: all
+  float soft_cap = 0;
 
   std::int64_t begin(std::int64_t t) const {
     const std::int64_t first = t / document * document;
     return window > 0 ? std::max(first, t + 1 - window) : first;
   }
+  AttentionParams params() const { return {head_dim, scale, soft_cap}; }
   std::int64_t longest() const { return window > 0 ? window : document; }
 };
 
 // The first is small enough for finite differences; then grouped heads, one shared head, one-row
-// documents (padding), lengths around the tiles of 64 rows that kernels use, a window.
+// documents (padding), lengths around the tiles of 64 rows that kernels use, a window, soft caps.
 constexpr Case kCases[] = {
     {"one document", 5, 2, 2, 3, 5, 0.6f},
     {"grouped heads", 6, 4, 2, 2, 4, 0.7f},
@@ -186,6 +187,8 @@ constexpr Case kCases[] = {
     {"past two tiles", 193, 3, 1, 64, 193, 0.125f},
     {"one wide head", 65, 1, 1, 129, 64, 0.09f},
     {"sliding window", 200, 2, 1, 64, 150, 0.125f, 70},
+    {"soft cap", 5, 2, 1, 3, 4, 0.6f, 0, 1.5f},
+    {"soft cap, two tiles", 90, 4, 2, 64, 70, 0.3f, 0, 2.0f},
 };
 
 std::vector<Sample> samples() {
@@ -198,7 +201,7 @@ std::vector<Sample> samples() {
                     {Role::activation, {c.rows, c.kv_heads * c.head_dim}},
                     {Role::index, {c.rows}, begin}},
                    [c](Graph&, std::span<const Tensor> in) {
-                     return attention(in[0], in[1], in[2], in[3], c.head_dim, c.scale);
+                     return attention(in[0], in[1], in[2], in[3], c.params());
                    },
                    c.longest() + c.head_dim});
   }
@@ -223,7 +226,7 @@ std::vector<Sample> samples_backward() {
                     {Role::index, {c.rows}, begin}},
                    [c](Graph&, std::span<const Tensor> in) {
                      return attention_backward(in[0], in[1], in[2], in[3], in[4], in[5], in[6],
-                                               c.head_dim, c.scale);
+                                               c.params());
                    },
                    c.longest() * (c.heads / c.kv_heads) + c.head_dim});
   }

@@ -19,9 +19,8 @@ Tensor kv_append(Tensor cache, Tensor x, Tensor position, std::int32_t head_dim)
   return cache.graph->emit(OpId::kv_append, {cache, x, position}, KvAppendParams{head_dim});
 }
 Tensor attention_cached(Tensor q, Tensor k_cache, Tensor v_cache, Tensor position,
-                        std::int32_t head_dim, float scale) {
-  return q.graph->emit(OpId::attention_cached, {q, k_cache, v_cache, position},
-                       AttentionParams{head_dim, scale});
+                        const AttentionParams& params) {
+  return q.graph->emit(OpId::attention_cached, {q, k_cache, v_cache, position}, params);
 }
 
 namespace {
@@ -59,7 +58,7 @@ void infer_append(InferArgs& args) {
 
 void infer(InferArgs& args) {
   check::count(args, 4);
-  const std::int64_t d = check::head_dim(args, args.node.get<AttentionParams>().head_dim);
+  const std::int64_t d = check::attention_head_dim(args);
   check::activation(args, 0, "q");
   check_cache(args, 1, "k_cache", d, check::in(args, 0).shape[0]);
   check::activation_like(args, 2, "v_cache", check::in(args, 1).shape, "the shape of k_cache");
@@ -88,7 +87,7 @@ void reference(const ReferenceArgs& args) {
   const std::int64_t d = cache[2], rows = args.in_types[0].shape[0];
   const std::int64_t heads = args.in_types[0].shape[1] / d, group = heads / cache[0];
   const auto position = static_cast<std::int64_t>(args.in[3][0]);
-  const double scale = args.node.get<AttentionParams>().scale;
+  const auto params = args.node.get<AttentionParams>();
   for (std::int64_t t = 0; t < rows; ++t) {
     for (std::int64_t h = 0; h < heads; ++h) {
       const auto row = static_cast<std::size_t>((t * heads + h) * d);
@@ -100,7 +99,7 @@ void reference(const ReferenceArgs& args) {
         for (std::size_t c = 0; c < static_cast<std::size_t>(d); ++c) {
           dot += args.in[0][row + c] * args.in[1][key(j) + c];
         }
-        return scale * dot;
+        return attention_score(params, dot);
       };
       double largest = -std::numeric_limits<double>::infinity(), sum = 0;
       for (std::int64_t j = 0; j <= position + t; ++j) largest = std::max(largest, score(j));
@@ -121,12 +120,13 @@ struct Case {
   std::string_view label;
   std::int64_t rows, position, heads, kv_heads, context;
   std::int32_t head_dim;
+  float soft_cap = 0;
 };
 
 constexpr Case kCases[] = {
     {"first row", 1, 0, 2, 1, 5, 4},      {"one row", 1, 77, 9, 3, 131, 64},
     {"prompt", 70, 0, 4, 2, 128, 20},     {"chunk of a prompt", 17, 111, 6, 2, 128, 33},
-    {"full cache", 3, 126, 2, 2, 129, 7},
+    {"full cache", 3, 126, 2, 2, 129, 7}, {"soft cap", 2, 60, 4, 2, 70, 64, 1.5f},
 };
 
 std::vector<Sample> samples_append() {
@@ -149,15 +149,16 @@ std::vector<Sample> samples() {
   std::vector<Sample> all;
   for (const Case& c : kCases) {
     const auto position = [p = c.position](std::int64_t) { return p; };
-    all.push_back({c.label,
-                   {{Role::activation, {c.rows, c.heads * c.head_dim}},
-                    {Role::cache, {c.kv_heads, c.context, c.head_dim}},
-                    {Role::cache, {c.kv_heads, c.context, c.head_dim}},
-                    {Role::index, {1}, position}},
-                   [c](Graph&, std::span<const Tensor> in) {
-                     return attention_cached(in[0], in[1], in[2], in[3], c.head_dim, 0.2f);
-                   },
-                   c.context + c.head_dim});
+    all.push_back(
+        {c.label,
+         {{Role::activation, {c.rows, c.heads * c.head_dim}},
+          {Role::cache, {c.kv_heads, c.context, c.head_dim}},
+          {Role::cache, {c.kv_heads, c.context, c.head_dim}},
+          {Role::index, {1}, position}},
+         [c](Graph&, std::span<const Tensor> in) {
+           return attention_cached(in[0], in[1], in[2], in[3], {c.head_dim, 0.2f, c.soft_cap});
+         },
+         c.context + c.head_dim});
   }
   return all;
 }

@@ -1,5 +1,7 @@
-// What the shape rules of attention, kv_append and attention_cached share: heads.
+// What the rules of attention, kv_append and attention_cached share: heads and scores.
 #pragma once
+
+#include <cmath>
 
 #include "engine/ops/check.h"
 
@@ -29,4 +31,29 @@ inline void grouped(const InferArgs& args, std::int64_t heads, std::int64_t kv_h
   }
 }
 
+// The head_dim of a node with AttentionParams.
+inline std::int64_t attention_head_dim(const InferArgs& args) {
+  const auto params = args.node.get<AttentionParams>();
+  if (!(params.soft_cap >= 0) || std::isinf(params.soft_cap)) {
+    throw ShapeError(op_name(args) + ": soft_cap is " + std::to_string(params.soft_cap) +
+                     ", wanted a number above 0, or 0 for none");
+  }
+  return head_dim(args, params.head_dim);
+}
+
 }  // namespace nibble::check
+
+namespace nibble {
+
+// A score from the dot product of a query and a key, and its derivative by the scaled product, for
+// the references.
+inline double attention_score(const AttentionParams& params, double dot) {
+  const double x = params.scale * dot, cap = params.soft_cap;
+  return cap > 0 ? cap * std::tanh(x / cap) : x;
+}
+inline double attention_slope(const AttentionParams& params, double score) {
+  const double part = params.soft_cap > 0 ? score / params.soft_cap : 0;
+  return 1 - part * part;
+}
+
+}  // namespace nibble

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
 
 #include "backends/cpu/cpu.h"
 #include "engine/autograd.h"
@@ -65,8 +66,8 @@ std::vector<Values> attend(Backend& backend, DType compute, std::int64_t begin, 
                v = leaf("v", kKvHeads * kDim), dy = leaf("dy", kHeads * kDim);
   const Tensor span = g.input("span_begin", {DType::I32, {rows}, {}});
   feeds["span_begin"] = spans;
-  const Tensor o = attention(q, k, v, span, kDim, kScale), lse = g.output_of(o, 1);
-  const Tensor dq = attention_backward(q, k, v, o, lse, dy, span, kDim, kScale);
+  const Tensor o = attention(q, k, v, span, {kDim, kScale}), lse = g.output_of(o, 1);
+  const Tensor dq = attention_backward(q, k, v, o, lse, dy, span, {kDim, kScale});
   return eval(backend, g, std::vector{o, lse, dq, g.output_of(dq, 1), g.output_of(dq, 2)}, feeds);
 }
 
@@ -115,7 +116,7 @@ TEST_CASE("attention over the cache: the same bits row by row, in chunks and in 
         };
         const Tensor k = append("k_cache", "k"), v = append("v_cache", "v");
         const Tensor o = attention_cached(g.input("q", {compute, {count, kHeads * kDim}, {}}), k, v,
-                                          position, kDim, kScale);
+                                          position, {kDim, kScale});
         const auto part = [&](const char* name, std::int64_t channels) {
           return slice(normal(name, 1000 * channels), t * channels, count * channels);
         };
@@ -159,7 +160,7 @@ TEST_CASE("indices from outside are checked before memory is touched") {
 
   Graph g2;
   const Tensor x = matrix(g2, "x", 2, 4);
-  const Tensor o = attention(x, x, x, g2.input("span_begin", {DType::I32, {2}, {}}), 4, 1.0f);
+  const Tensor o = attention(x, x, x, g2.input("span_begin", {DType::I32, {2}, {}}), {4, 1.0f});
   CHECK(message(o, {{"x", Values(8, 0.0)}, {"span_begin", {0, 2}}}) ==
         "attention: span_begin[1] is 2, wanted 0 to 1");
 
@@ -169,6 +170,16 @@ TEST_CASE("indices from outside are checked before memory is touched") {
       kv_append(cache, matrix(g3, "x", 2, 4), g3.input("position", {DType::I32, {1}, {}}), 4);
   CHECK(message(full, {{"x", Values(8, 0.0)}, {"position", {4}}}) ==
         "kv_append: position is 4 for 2 rows, and the cache has a context of 5");
+}
+
+TEST_CASE("a soft cap is a number above 0, or 0") {
+  for (const float cap :
+       {-1.0f, std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
+    Graph g;
+    const Tensor x = g.input("x", {DType::F32, {2, 4}, {}});
+    const Tensor span = g.input("span_begin", {DType::I32, {2}, {}});
+    CHECK_THROWS_AS(attention(x, x, x, span, {4, 1.0f, cap}), ShapeError);
+  }
 }
 
 TEST_CASE("RoPE: turning forth and back, and no drift at far positions") {

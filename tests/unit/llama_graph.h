@@ -79,7 +79,7 @@ class LlamaBuilder {
     const Tensor plain_k = adapted(n, name + "attn_k", s_.kv_heads * d);
     const Tensor v = adapted(n, name + "attn_v", s_.kv_heads * d);
     const Tensor q = turned(plain_q), k = turned(plain_k);
-    const Tensor o = attention(q, k, v, span_begin_, d, 1 / std::sqrt(static_cast<float>(d)));
+    const Tensor o = attention(q, k, v, span_begin_, {d, 1 / std::sqrt(static_cast<float>(d))});
     const Tensor h = add(x, adapted(o, name + "attn_output", s_.channels()));
     const Tensor m = rms_norm(h, norm(name + "ffn_norm"), kEps);
     const Tensor hidden =
