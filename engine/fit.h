@@ -15,7 +15,7 @@ struct FitReport {
   std::vector<Line> device;       // allocated from the backend: exactly these bytes
   std::vector<Line> host;         // beside it: mapped weights, files on disk
   std::int64_t budget_bytes = 0;  // of the device lines; 0: no limit was given
-  std::string storage;            // the rung that was chosen
+  std::string storage;            // StoragePolicy::str()
 
   std::int64_t total_bytes() const {
     std::int64_t sum = 0;

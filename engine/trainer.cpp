@@ -57,7 +57,7 @@ Trainer::Trainer(Backend& backend, ParameterTable parameters, BuildLoss build_lo
 int Trainer::add_program(std::int64_t rows, std::int64_t loss_rows, bool training) {
   auto graph = std::make_unique<Graph>(options_.compute);
   LossInputs in = declare_inputs(*graph, rows, loss_rows);
-  in.rung = options_.rung;
+  in.storage = options_.storage;
   in.training = training;
   const Tensor loss = build_loss_(*graph, in);
   Program program{rows, loss_rows, -1, {loss.node, 1}};
@@ -132,17 +132,7 @@ FitReport Trainer::fit() const {
   report.device.push_back({"arena", runtime_.arena_bytes()});
   report.device.push_back({"inputs", runtime_.input_bytes() + runtime_.state_bytes() +
                                          round_up(block_table_bytes(), alignment)});
-  switch (options_.rung) {
-    case Rung::store:
-      report.storage = "store";
-      break;
-    case Rung::cheap:
-      report.storage = "cheap";
-      break;
-    case Rung::block:
-      report.storage = "block";
-      break;
-  }
+  report.storage = options_.storage.str();
   return report;
 }
 

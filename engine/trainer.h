@@ -19,6 +19,7 @@
 #include "engine/parameters.h"
 #include "engine/runtime.h"
 #include "engine/state.h"
+#include "engine/storage.h"
 
 namespace nibble {
 
@@ -29,7 +30,7 @@ struct LossInputs {
   Tensor loss_rows;                              // I32 [R], padded with -1
   Tensor ordinal;                                // I32 [T]: number within the optimizer step
   Tensor rng;                                    // I64 [2]: seed, optimizer step
-  Rung rung = Rung::store;
+  StoragePolicy storage;
   bool training = true;  // false: no dropout, no gradient follows
 };
 
@@ -43,7 +44,7 @@ struct Microbatch {
 
 struct TrainerOptions {
   DType compute = DType::F32;
-  Rung rung = Rung::store;
+  StoragePolicy storage;
   std::vector<std::int64_t> buckets = {512};                  // rows of a microbatch, ascending
   double beta1 = 0.9, beta2 = 0.999, eps = 1e-8, clip = 1.0;  // clip 0: none
   std::uint64_t seed = 0;

@@ -22,8 +22,10 @@ using Json = nlohmann::ordered_json;
 // gradient reads. Embedding rows are looked up, not multiplied; the head counts.
 double step_flops(const FinetuneSetup& s, std::int64_t tokens) {
   double sum = 0;
+  const StoragePolicy storage = StoragePolicy::parse(s.fit.storage).value();
   const auto count = [&](const std::string& name, std::int64_t elements, double flops) {
-    const bool repeated = s.fit.storage == "block" && name.starts_with("blk.") &&
+    const bool repeated = name.starts_with("blk.") &&
+                          storage.of(std::stoll(name.substr(4))) == Rung::block &&
                           name.find(".ffn_down.") == std::string::npos;
     sum += (repeated ? flops + 2 : flops) * static_cast<double>(elements);
   };

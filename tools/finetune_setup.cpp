@@ -228,16 +228,14 @@ void print_model(const FinetuneSetup& s, std::ostream& log) {
   }
 }
 
-Rung rung_from_name(const std::string& name) {
-  return name == "block" ? Rung::block : name == "cheap" ? Rung::cheap : Rung::store;
-}
+constexpr int kMostSplits = 6;  // depths to try
 
-// Programs for one storage rung, and what they cost.
-void plan_rung(FinetuneSetup& s, const std::string& rung, std::int64_t sample_context) {
+// Programs for one storage policy, and what they cost.
+void plan_storage(FinetuneSetup& s, const StoragePolicy& storage, std::int64_t sample_context) {
   const Recipe& r = s.recipe;
   TrainerOptions options;
   options.compute = compute_dtype(r.compute);
-  options.rung = rung_from_name(rung);
+  options.storage = storage;
   options.buckets = s.buckets;
   options.evaluates = s.evaluates;
   options.training = !s.without_adapter;
@@ -265,6 +263,45 @@ void plan_rung(FinetuneSetup& s, const std::string& rung, std::int64_t sample_co
   } else if (s.fit.total_bytes() > s.backend->info().memory_bytes) {
     // A limit that nobody set matters where it is exceeded.
     s.fit.budget_bytes = s.backend->info().memory_bytes;
+  }
+}
+
+// The fastest policy that fits the cap, or the machine: the rungs from the fastest to the leanest,
+// and between the last that does not fit and the first that does as few lean blocks as possible.
+// Bytes are all but linear in their number, so that a few plans find it.
+void choose_storage(FinetuneSetup& s, std::int64_t sample_context) {
+  const BackendInfo info = s.backend->info();
+  // Main memory is shared with everything else; a card's is what was free.
+  const std::int64_t machine = is_cuda(info) ? info.memory_bytes : info.memory_bytes / 10 * 8;
+  const auto plan = [&](const StoragePolicy& storage) {  // bytes too many
+    plan_storage(s, storage, sample_context);
+    return s.fit.total_bytes() - (s.recipe.memory.empty() ? machine : s.fit.budget_bytes);
+  };
+  std::int64_t over = plan({.rung = Rung::store});
+  for (const auto& [fast, lean] :
+       {std::pair{Rung::store, Rung::cheap}, {Rung::cheap, Rung::block}}) {
+    if (over <= 0) return;
+    std::int64_t over_lean = plan({.rung = lean});
+    if (over_lean > 0) {
+      over = over_lean;
+      continue;
+    }
+    std::int64_t too_few = 0, enough = s.loaded->config().layers, planned = enough;
+    for (int tries = 0; tries < kMostSplits && enough - too_few > 1; ++tries) {
+      const double share = static_cast<double>(over) / static_cast<double>(over - over_lean);
+      const auto guess = too_few + static_cast<std::int64_t>(
+                                       std::ceil(share * static_cast<double>(enough - too_few)));
+      planned = std::clamp(guess, too_few + 1, enough - 1);
+      const std::int64_t now = plan({.rung = fast, .lean = lean, .split = planned});
+      (now > 0 ? too_few : enough) = planned;
+      (now > 0 ? over : over_lean) = now;
+    }
+    if (planned != enough) {
+      plan(enough == s.loaded->config().layers
+               ? StoragePolicy{.rung = lean}
+               : StoragePolicy{.rung = fast, .lean = lean, .split = enough});
+    }
+    return;
   }
 }
 
@@ -324,16 +361,17 @@ void plan_model(FinetuneSetup& s, std::int64_t sample_context) {
     lora = LoraSpec{r.rank, r.alpha, r.dropout, r.targets};
   s.llama =
       std::make_unique<Llama>(s.loaded->config(), s.loaded->types(), lora, r.method == "full");
-  if (r.storage != "auto") return plan_rung(s, r.storage, sample_context);
-  // From the fastest rung to the leanest: the first that fits the cap, or the machine.
-  const BackendInfo info = s.backend->info();
-  // Main memory is shared with everything else; a card's is what was free.
-  const std::int64_t machine = is_cuda(info) ? info.memory_bytes : info.memory_bytes / 10 * 8;
-  for (const char* rung : {"store", "cheap", "block"}) {
-    plan_rung(s, rung, sample_context);
-    const std::int64_t budget = r.memory.empty() ? machine : s.fit.budget_bytes;
-    if (s.fit.total_bytes() <= budget) break;
+  if (r.storage != "auto") {
+    const std::optional<StoragePolicy> storage = StoragePolicy::parse(r.storage);
+    if (!storage || storage->split > s.loaded->config().layers) {
+      throw Error("--storage " + r.storage +
+                  ": write auto, store, cheap or block, or cheap:N+store, " +
+                  "block:N+cheap or block:N+store for the first N of the " +
+                  std::to_string(s.loaded->config().layers) + " blocks");
+    }
+    return plan_storage(s, *storage, sample_context);
   }
+  choose_storage(s, sample_context);
   r.storage = s.fit.storage;
 }
 

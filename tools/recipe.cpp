@@ -69,10 +69,10 @@ void add_recipe_flags(CLI::App& command, Recipe& r) {
       ->group(where);
   command
       .add_option("--storage", r.storage,
-                  "store | cheap | block: what the backward pass keeps and what it recomputes; "
-                  "auto: the fastest that fits --memory")
+                  "store | cheap | block: what the backward pass keeps and what it recomputes, or "
+                  "LEAN:N+RUNG for the first N blocks and the rest; auto: the fastest that fits "
+                  "--memory")
       ->group(where)
-      ->check(CLI::IsMember({"auto", "store", "cheap", "block"}))
       ->capture_default_str();
   auto* resume =
       command.add_flag("--resume", r.resume, "go on from the newest checkpoint of --out")

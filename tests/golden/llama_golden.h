@@ -73,7 +73,7 @@ struct Setup {
         std::make_unique<Llama>(loaded->config(), loaded->types(), lora, method == Method::full);
     TrainerOptions options;
     options.compute = compute;
-    options.rung = rung;
+    options.storage.rung = rung;
     options.buckets = {kRows};
     options.clip = golden.numbers["clip"];
     ParameterTable table = llama->parameters();

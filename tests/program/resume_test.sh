@@ -40,9 +40,9 @@ for threads in 1 3; do
   train "$scratch/threads$threads" --threads "$threads"
   check "$threads threads: same adapter" same "$scratch/whole" "$scratch/threads$threads"
 done
-for rung in cheap block; do
-  train "$scratch/$rung" --storage "$rung"
-  check "storage $rung: same adapter" same "$scratch/whole" "$scratch/$rung"
+for storage in cheap block cheap:1+store block:1+cheap; do
+  train "$scratch/$storage" --storage "$storage"
+  check "storage $storage: same adapter" same "$scratch/whole" "$scratch/$storage"
 done
 train "$scratch/dropout" --dropout 0.1
 train "$scratch/dropout-block" --dropout 0.1 --storage block

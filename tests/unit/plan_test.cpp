@@ -2,6 +2,7 @@
 // loses an address before its last reader came is found there, whatever the planner thought. On top
 // of that, random programs must compute the same as with every value in memory of its own.
 #include "engine/plan.h"
+#include "engine/storage.h"
 
 #include <doctest/doctest.h>
 
@@ -420,5 +421,23 @@ TEST_CASE("a missing kernel is named with its dtypes and backend") {
     const std::string message = e.what();
     CHECK(message.find("reference") != std::string::npos);
     CHECK(message.find("rope(F64, I32, F64)") != std::string::npos);
+  }
+}
+
+TEST_CASE("a storage policy is written and read") {
+  CHECK(StoragePolicy{}.str() == "store");
+  const StoragePolicy split{.rung = Rung::store, .lean = Rung::block, .split = 7};
+  CHECK(split.str() == "block:7+store");
+  CHECK(split.of(6) == Rung::block);
+  CHECK(split.of(7) == Rung::store);
+  for (const char* text : {"store", "cheap", "block", "cheap:1+store", "block:12+cheap"}) {
+    const auto policy = StoragePolicy::parse(text);
+    REQUIRE(policy);
+    CHECK(policy->str() == text);
+  }
+  for (const char* text :
+       {"", "auto", "cheap:+store", "cheap:0+store", "cheap:-1+store", "store:2+cheap", "cheap:2",
+        "cheap:2+cheap", "cheap:2+", "cheap:2x+store", "+store"}) {
+    CHECK_FALSE(StoragePolicy::parse(text));
   }
 }
