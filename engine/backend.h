@@ -99,6 +99,10 @@ class Backend {
                      std::int32_t next) const;
   virtual std::unique_ptr<Buffer> allocate(std::int64_t bytes, std::string_view purpose) = 0;
   virtual std::int64_t allocated_bytes() const = 0;  // by live buffers
+  // Cleared memory of the host that kernels read and write by page_in and page_out: page-locked on
+  // a device. upload(), download() and clear() take its addresses too. Throws OutOfMemory.
+  virtual std::unique_ptr<Buffer> allocate_host(std::int64_t bytes, std::string_view purpose) = 0;
+  virtual std::int64_t host_allocated_bytes() const = 0;
   // In the order of the runs around it. `from` may be reused at once; the bytes may arrive later.
   virtual void upload(std::byte* to, std::span<const std::byte> from) = 0;
   // Waits for everything enqueued before.

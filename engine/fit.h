@@ -13,6 +13,7 @@ struct FitReport {
     std::int64_t bytes;
   };
   std::vector<Line> device;       // allocated from the backend: exactly these bytes
+  std::vector<Line> pinned;       // allocated by the backend in host memory: exactly these bytes
   std::vector<Line> host;         // beside it: mapped weights, files on disk
   std::int64_t budget_bytes = 0;  // of the device lines; 0: no limit was given
   std::string storage;            // StoragePolicy::str()
@@ -20,6 +21,11 @@ struct FitReport {
   std::int64_t total_bytes() const {
     std::int64_t sum = 0;
     for (const Line& line : device) sum += line.bytes;
+    return sum;
+  }
+  std::int64_t pinned_bytes() const {
+    std::int64_t sum = 0;
+    for (const Line& line : pinned) sum += line.bytes;
     return sum;
   }
   bool fits() const { return budget_bytes == 0 || total_bytes() <= budget_bytes; }

@@ -85,6 +85,8 @@ struct OpDef {
   std::vector<Sample> (*samples)() = nullptr;
   // Bit i: output 0 MUST be the memory of input i (a state update). At most one bit.
   std::uint8_t updates = 0;
+  // Bit i: the memory of input i is written as well, and no node reads its old version afterwards.
+  std::uint8_t also_writes = 0;
   // Bit i: output 0 MAY reuse the memory of input i when that input dies here.
   std::uint8_t in_place = 0;
   // Cheap enough to recompute rather than store (Rung::cheap).

@@ -185,4 +185,11 @@ Tensor adamw(Tensor master, Tensor m, Tensor v, Tensor grad, Tensor block_table,
 // F32 or BF16.
 Tensor convert(Tensor target, Tensor x);
 
+// -- Paging ------------------------------------------------------------------------------------
+
+// A copy of `page`, a leaf in host memory (Backend::allocate_host), of any type, in the arena.
+Tensor page_in(Tensor page);
+// page = x, of the same type. Returns the page's new version.
+Tensor page_out(Tensor page, Tensor x);
+
 }  // namespace nibble

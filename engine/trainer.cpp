@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <deque>
 
 #include "engine/autograd.h"
 #include "engine/error.h"
@@ -14,6 +15,8 @@ namespace {
 
 // An executable exists per bucket and per share of its rows that carry a label.
 constexpr std::array<std::int64_t, 4> kLossShares = {8, 4, 2, 1};
+// Elements of a page in host memory: 16 MiB of F32, less where the arena has less room.
+constexpr std::int64_t kLargestPage = 4 << 20, kSmallestPage = 16 << 10;
 
 LossInputs declare_inputs(Graph& graph, std::int64_t rows, std::int64_t loss_rows) {
   LossInputs in;
@@ -50,8 +53,38 @@ Trainer::Trainer(Backend& backend, ParameterTable parameters, BuildLoss build_lo
       if (options_.evaluates) add_program(rows, loss_rows, false);
     }
   }
-  if (options_.training) apply_ = add_apply();
+  resident_ = parameters_.elements();
+  if (options_.training) {
+    choose_pages();
+    apply_ = add_apply();
+  }
   bind_leaves();
+}
+
+// Two pages are in the arena at a time, one coming and one being worked on and leaving.
+void Trainer::choose_pages() {
+  const std::int64_t paged = std::min(options_.paged_elements, resident_);
+  resident_ = (resident_ - paged) / kParameterBlock * kParameterBlock;
+  page_ = kLargestPage;
+  while (page_ > kSmallestPage &&
+         2 * page_ * pageable_bytes_per_element() > runtime_.arena_bytes()) {
+    page_ /= 2;
+  }
+}
+
+std::int64_t Trainer::pageable_bytes_per_element() const {
+  return (pages_masters() ? 3 : 2) * static_cast<std::int64_t>(array_element_bytes());
+}
+
+std::vector<Trainer::Page> Trainer::pages() const {
+  std::vector<Page> all;
+  const std::int64_t total = parameters_.elements();
+  for (std::int64_t begin = 0; begin < total; begin += all.back().count) {
+    const bool paged = begin >= resident_;
+    const std::int64_t end = paged ? total : resident_;
+    all.push_back({begin, std::min(paged ? page_ : kParameterPage, end - begin), paged});
+  }
+  return all;
 }
 
 int Trainer::add_program(std::int64_t rows, std::int64_t loss_rows, bool training) {
@@ -74,38 +107,62 @@ int Trainer::add_program(std::int64_t rows, std::int64_t loss_rows, bool trainin
   return program.number;
 }
 
-// The optimizer walks the flat arrays page by page; each page is a set of leaves of its own, so
-// that pages can later live elsewhere between their turns.
+// The optimizer walks the flat arrays page by page. Pages from host memory pass through the arena:
+// each comes in while the one before it is worked on, and leaves while the next is. Cutting the
+// arrays elsewhere changes no bit.
 int Trainer::add_apply() {
   auto graph = std::make_unique<Graph>(options_.compute);
   const DType stat = graph->accumulate();
   const Tensor scalars = graph->input("scalars", {stat, {8}, {}});
-  const std::int64_t total = parameters_.elements();
-  struct Page {
-    Tensor master, first, second, gradient, copy, table;
+  const std::vector<Page> all = pages();
+  struct Values {
+    Tensor master, first, second;
   };
-  std::vector<Page> pages;
-  for (std::int64_t begin = 0; begin < total; begin += kParameterPage) {
-    const std::int64_t n = std::min(kParameterPage, total - begin);
-    const std::string suffix = "." + std::to_string(begin / kParameterPage);
-    const TensorType type{stat, {n}, {}};
-    Page page;
-    page.master = graph->state("master" + suffix, type);
-    page.first = graph->state("m" + suffix, type);
-    page.second = graph->state("v" + suffix, type);
-    page.gradient = graph->state("gradient" + suffix, type);
-    if (options_.compute == DType::BF16) {
-      page.copy = graph->state("copy" + suffix, {DType::BF16, {n}, {}});
-    }
-    page.table = graph->input("blocks" + suffix, {stat, {n / kParameterBlock, 2}, {}});
-    pages.push_back(page);
-  }
+  const auto stored = [&](const Page& page) {
+    const auto state = [&](const char* name) {
+      return graph->state(name + page.suffix(), {stat, {page.count}, {}});
+    };
+    return Values{state("master"), state("m"), state("v")};
+  };
+  const auto come = [&](const Page& page) {
+    Values values = stored(page);
+    if (pages_masters()) values.master = page_in(values.master);
+    values.first = page_in(values.first);
+    values.second = page_in(values.second);
+    return values;
+  };
+  std::size_t next = 0;  // page to come in
+  std::deque<Values> arrived;
+  const auto prefetch = [&] {
+    while (next < all.size() && !all[next].paged) ++next;
+    if (next < all.size()) arrived.push_back(come(all[next++]));
+  };
+  prefetch();
+  prefetch();
+  const auto gradient = [&](const Page& page) {
+    return graph->state("gradient" + page.suffix(), {stat, {page.count}, {}});
+  };
   Tensor norm = fill(*graph, {DType::F64, {1}, {}}, 0.0);
-  for (const Page& page : pages) norm = sum_squares(norm, page.gradient);
-  for (const Page& page : pages) {
+  for (const Page& page : all) norm = sum_squares(norm, gradient(page));
+  for (const Page& page : all) {
+    const Values at_home = stored(page);
+    Values values = at_home;
+    if (page.paged) {
+      values = arrived.front();
+      arrived.pop_front();
+    }
+    const Tensor table =
+        graph->input("blocks" + page.suffix(), {stat, {page.count / kParameterBlock, 2}, {}});
     const Tensor master =
-        adamw(page.master, page.first, page.second, page.gradient, page.table, scalars, norm);
-    if (page.copy) convert(page.copy, master);
+        adamw(values.master, values.first, values.second, gradient(page), table, scalars, norm);
+    if (options_.compute == DType::BF16) {
+      convert(graph->state("copy" + page.suffix(), {DType::BF16, {page.count}, {}}), master);
+    }
+    if (!page.paged) continue;
+    if (pages_masters()) page_out(at_home.master, master);
+    page_out(at_home.first, values.first);
+    page_out(at_home.second, values.second);
+    prefetch();
   }
   graph->keep(norm);
   norm_ = {norm.node, norm.output};
@@ -121,13 +178,20 @@ FitReport Trainer::fit() const {
   const std::int64_t alignment = backend_.info().alignment;
   const std::int64_t array = round_up(
       parameters_.elements() * static_cast<std::int64_t>(array_element_bytes()), alignment);
-  report.device.push_back({"masters", array});
+  const auto pageable = [&](std::int64_t arrays) {
+    return arrays *
+           round_up(resident_ * static_cast<std::int64_t>(array_element_bytes()), alignment);
+  };
+  report.device.push_back({"masters", pages_masters() ? pageable(1) : array});
   if (options_.compute == DType::BF16) {
     report.device.push_back({"adapters", round_up(2 * parameters_.elements(), alignment)});
   }
   if (options_.training) {
     report.device.push_back({"gradients", array});
-    report.device.push_back({"moments", 2 * array});
+    report.device.push_back({"moments", pageable(2)});
+  }
+  if (paged_elements() > 0) {
+    report.pinned.push_back({"optimizer pages", paged_elements() * pageable_bytes_per_element()});
   }
   report.device.push_back({"arena", runtime_.arena_bytes()});
   report.device.push_back({"inputs", runtime_.input_bytes() + runtime_.state_bytes() +
@@ -142,48 +206,59 @@ std::int64_t Trainer::block_table_bytes() const {
          static_cast<std::int64_t>(array_element_bytes());
 }
 
+std::byte* Trainer::address(const FlatArray& array, std::int64_t at) const {
+  const auto size = static_cast<std::int64_t>(array_element_bytes());
+  if (array.host && at >= resident_) return array.host->data() + size * (at - resident_);
+  return array.device ? array.device->data() + size * at : nullptr;
+}
+
 // Before the arrays exist this promises the addresses; allocate() calls it again to give them.
 void Trainer::bind_leaves() {
   const auto stat = static_cast<std::int64_t>(array_element_bytes());
-  const auto bind = [&](const std::string& name, const std::unique_ptr<Buffer>& array,
-                        std::int64_t offset) {
-    runtime_.bind(name, array ? array->data() + offset : nullptr);
+  const auto bind = [&](const std::string& name, std::byte* where) { runtime_.bind(name, where); };
+  const auto in_buffer = [](const std::unique_ptr<Buffer>& buffer, std::int64_t offset) {
+    return buffer ? buffer->data() + offset : nullptr;
   };
   const bool has_copy = options_.compute == DType::BF16;
   for (const ParameterSegment& s : parameters_.segments()) {
-    bind(s.name, has_copy ? copy_ : master_, (has_copy ? 2 : stat) * s.offset);
-    if (options_.training) bind(s.name + ".grad", gradient_, stat * s.offset);
+    bind(s.name, has_copy ? in_buffer(copy_, 2 * s.offset) : address(master_, s.offset));
+    if (options_.training) bind(s.name + ".grad", address(gradient_, s.offset));
   }
   if (!options_.training) return;
-  for (std::int64_t begin = 0; begin < parameters_.elements(); begin += kParameterPage) {
-    const std::string suffix = "." + std::to_string(begin / kParameterPage);
-    bind("master" + suffix, master_, stat * begin);
-    bind("m" + suffix, first_moment_, stat * begin);
-    bind("v" + suffix, second_moment_, stat * begin);
-    bind("gradient" + suffix, gradient_, stat * begin);
-    if (has_copy) bind("copy" + suffix, copy_, 2 * begin);
-    bind("blocks" + suffix, block_table_, 2 * stat * (begin / kParameterBlock));
+  for (const Page& page : pages()) {
+    bind("master" + page.suffix(), address(master_, page.begin));
+    bind("m" + page.suffix(), address(first_moment_, page.begin));
+    bind("v" + page.suffix(), address(second_moment_, page.begin));
+    bind("gradient" + page.suffix(), address(gradient_, page.begin));
+    if (has_copy) bind("copy" + page.suffix(), in_buffer(copy_, 2 * page.begin));
+    bind("blocks" + page.suffix(),
+         in_buffer(block_table_, 2 * stat * (page.begin / kParameterBlock)));
   }
+}
+
+Trainer::FlatArray Trainer::allocate_array(bool pageable, std::string_view purpose) {
+  const auto size = static_cast<std::int64_t>(array_element_bytes());
+  const std::int64_t resident = pageable ? resident_ : parameters_.elements();
+  FlatArray array;
+  array.device = backend_.allocate(round_up(resident * size, backend_.info().alignment), purpose);
+  backend_.clear(array.device->data(), array.device->size());
+  const std::int64_t paged = parameters_.elements() - resident;
+  if (paged > 0) array.host = backend_.allocate_host(paged * size, purpose);
+  return array;
 }
 
 void Trainer::allocate() {
   const std::int64_t alignment = backend_.info().alignment;
-  const std::int64_t bytes = round_up(
-      parameters_.elements() * static_cast<std::int64_t>(array_element_bytes()), alignment);
-  const auto array = [&](std::int64_t size, std::string_view purpose) {
-    auto buffer = backend_.allocate(size, purpose);
-    backend_.clear(buffer->data(), buffer->size());
-    return buffer;
-  };
-  master_ = array(bytes, "masters");
+  master_ = allocate_array(pages_masters(), "masters");
   if (options_.compute == DType::BF16) {
-    copy_ = array(round_up(2 * parameters_.elements(), alignment), "adapters");
+    copy_ = backend_.allocate(round_up(2 * parameters_.elements(), alignment), "adapters");
+    backend_.clear(copy_->data(), copy_->size());
   }
   if (options_.training) {
-    gradient_ = array(bytes, "gradients");
-    first_moment_ = array(bytes, "first moments");
-    second_moment_ = array(bytes, "second moments");
-    block_table_ = array(round_up(block_table_bytes(), alignment), "optimizer blocks");
+    gradient_ = allocate_array(false, "gradients");
+    first_moment_ = allocate_array(true, "first moments");
+    second_moment_ = allocate_array(true, "second moments");
+    block_table_ = backend_.allocate(round_up(block_table_bytes(), alignment), "optimizer blocks");
     const std::vector<float> table = parameters_.block_table();
     const std::vector<double> wide(table.begin(), table.end());
     const DType stat = options_.compute == DType::F64 ? DType::F64 : DType::F32;
@@ -194,30 +269,48 @@ void Trainer::allocate() {
   runtime_.allocate();
 }
 
-void Trainer::write_array(Buffer& array, const ParameterSegment& s, std::span<const float> values) {
+// Calls f(address, first, count) for the pieces of a segment that lie together.
+template <class F>
+void Trainer::for_pieces(const FlatArray& array, const ParameterSegment& s, F f) const {
+  const std::int64_t split =
+      array.host ? std::clamp(resident_ - s.offset, std::int64_t{0}, s.elements()) : s.elements();
+  if (split > 0) f(address(array, s.offset), std::int64_t{0}, split);
+  if (split < s.elements()) f(address(array, s.offset + split), split, s.elements() - split);
+}
+
+void Trainer::write_array(const FlatArray& array, const ParameterSegment& s,
+                          std::span<const float> values) {
   if (static_cast<std::int64_t>(values.size()) != s.elements()) {
     throw ShapeError("parameter \"" + s.name + "\" has " + std::to_string(s.elements()) +
                      " elements, not " + std::to_string(values.size()));
   }
   const std::vector<double> wide(values.begin(), values.end());
   const DType stat = options_.compute == DType::F64 ? DType::F64 : DType::F32;
-  backend_.upload(array.data() + static_cast<std::int64_t>(array_element_bytes()) * s.offset,
-                  encode({stat, {s.elements()}, {}}, wide));
+  const std::vector<std::byte> host = encode({stat, {s.elements()}, {}}, wide);
+  const std::size_t size = array_element_bytes();
+  for_pieces(array, s, [&](std::byte* to, std::int64_t first, std::int64_t count) {
+    backend_.upload(to, std::span(host).subspan(static_cast<std::size_t>(first) * size,
+                                                static_cast<std::size_t>(count) * size));
+  });
 }
 
-std::vector<float> Trainer::read_array(Buffer& array, const ParameterSegment& s) const {
+std::vector<float> Trainer::read_array(const FlatArray& array, const ParameterSegment& s) const {
   const DType stat = options_.compute == DType::F64 ? DType::F64 : DType::F32;
   const TensorType type{stat, {s.elements()}, {}};
   std::vector<std::byte> host(static_cast<std::size_t>(bytes(type)));
-  backend_.download(host,
-                    array.data() + static_cast<std::int64_t>(array_element_bytes()) * s.offset);
+  const std::size_t size = array_element_bytes();
+  for_pieces(array, s, [&](const std::byte* from, std::int64_t first, std::int64_t count) {
+    backend_.download(std::span(host).subspan(static_cast<std::size_t>(first) * size,
+                                              static_cast<std::size_t>(count) * size),
+                      from);
+  });
   const std::vector<double> wide = decode(type, host.data());
   return {wide.begin(), wide.end()};
 }
 
 void Trainer::set_parameter(std::string_view name, std::span<const float> values) {
   const ParameterSegment& s = parameters_.at(name);
-  write_array(*master_, s, values);
+  write_array(master_, s, values);
   if (!copy_) return;
   std::vector<bf16> rounded;
   for (const float v : values) rounded.push_back(to_bf16(v));
@@ -225,11 +318,11 @@ void Trainer::set_parameter(std::string_view name, std::span<const float> values
 }
 
 std::vector<float> Trainer::parameter(std::string_view name) const {
-  return read_array(*master_, parameters_.at(name));
+  return read_array(master_, parameters_.at(name));
 }
 
 std::vector<float> Trainer::gradient(std::string_view name) const {
-  return read_array(*gradient_, parameters_.at(name));
+  return read_array(gradient_, parameters_.at(name));
 }
 
 const Trainer::Program& Trainer::write_inputs(const std::vector<Program>& programs,
@@ -330,13 +423,13 @@ void Trainer::save(StateSink& sink) const {
   sink.write("step", {DType::I64, {1}, {}}, std::as_bytes(std::span<const std::int64_t>(&step, 1)));
   for (const ParameterSegment& s : parameters_.segments()) {
     const TensorType type{DType::F32, {s.rows, s.cols}, {}};
-    const auto write = [&](const char* suffix, Buffer& array) {
+    const auto write = [&](const char* suffix, const FlatArray& array) {
       std::vector<float> values = read_array(array, s);
       sink.write(s.name + suffix, type, bytes_of(values));
     };
-    write("", *master_);
-    write(".m", *first_moment_);
-    write(".v", *second_moment_);
+    write("", master_);
+    write(".m", first_moment_);
+    write(".v", second_moment_);
   }
 }
 
@@ -350,9 +443,9 @@ void Trainer::load(StateSource& source) {
     source.read(s.name, type, bytes_of(values));
     set_parameter(s.name, values);
     source.read(s.name + ".m", type, bytes_of(values));
-    write_array(*first_moment_, s, values);
+    write_array(first_moment_, s, values);
     source.read(s.name + ".v", type, bytes_of(values));
-    write_array(*second_moment_, s, values);
+    write_array(second_moment_, s, values);
   }
   step_ = step;
 }

@@ -50,6 +50,10 @@ struct TrainerOptions {
   std::uint64_t seed = 0;
   bool training = true;   // false: evaluation programs only, no gradients and moments
   bool evaluates = true;  // false: no evaluation programs
+  // Elements of the optimizer's arrays that live in host memory between their turns: the last ones,
+  // rounded up to whole blocks. apply() brings them through the arena, which is idle then. The
+  // arrays are the moments and, where parameters are used as rounded copies, the masters.
+  std::int64_t paged_elements = 0;
 };
 
 struct StepResult {
@@ -90,7 +94,22 @@ class Trainer {
 
   double plan_ratio() const;  // arena over its lower bound, the worst program
 
+  // Bytes that paging one element moves out of device memory.
+  std::int64_t pageable_bytes_per_element() const;
+  std::int64_t paged_elements() const { return parameters_.elements() - resident_; }
+  std::int64_t page_elements() const { return page_; }
+
  private:
+  // A flat array: elements below resident_ in device memory, the rest on the host.
+  struct FlatArray {
+    std::unique_ptr<Buffer> device, host;
+  };
+  // Elements [begin, begin + count) of the flat arrays, one step of the optimizer.
+  struct Page {
+    std::int64_t begin, count;
+    bool paged;
+    std::string suffix() const { return "." + std::to_string(begin); }
+  };
   struct Program {
     std::int64_t rows, loss_rows;
     int number;
@@ -102,8 +121,17 @@ class Trainer {
   void bind_leaves();
   std::int64_t block_table_bytes() const;
   std::size_t array_element_bytes() const;
-  std::vector<float> read_array(Buffer& array, const ParameterSegment& segment) const;
-  void write_array(Buffer& array, const ParameterSegment& segment, std::span<const float> values);
+  bool pages_masters() const { return options_.compute == DType::BF16; }
+  void choose_pages();
+  std::vector<Page> pages() const;
+  // Where element `at` lies; null before allocate().
+  std::byte* address(const FlatArray& array, std::int64_t at) const;
+  FlatArray allocate_array(bool pageable, std::string_view purpose);
+  template <class F>
+  void for_pieces(const FlatArray& array, const ParameterSegment& segment, F f) const;
+  std::vector<float> read_array(const FlatArray& array, const ParameterSegment& segment) const;
+  void write_array(const FlatArray& array, const ParameterSegment& segment,
+                   std::span<const float> values);
 
   Backend& backend_;
   ParameterTable parameters_;
@@ -113,7 +141,10 @@ class Trainer {
   std::vector<Program> micro_, evaluate_;
   int apply_ = -1;
   Ref norm_;  // of the apply program
-  std::unique_ptr<Buffer> master_, copy_, gradient_, first_moment_, second_moment_, block_table_;
+  FlatArray master_, gradient_, first_moment_, second_moment_;
+  std::unique_ptr<Buffer> copy_, block_table_;
+  std::int64_t resident_ = 0;  // elements of pageable arrays in device memory
+  std::int64_t page_ = 0;      // elements of a page
   std::int64_t step_ = 0;
   std::int64_t tokens_ = 0;  // labels since the last apply
 };

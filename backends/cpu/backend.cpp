@@ -110,6 +110,7 @@ class CpuBackend final : public Backend {
   explicit CpuBackend(const CpuOptions& options)
       : isa_(options.isa.value_or(best_isa())),
         limit_(options.memory_limit),
+        host_limit_(options.host_memory_limit),
         pool_(options.threads) {
     if (!is_supported(isa_)) {
       throw Unsupported(std::string("this machine does not have ") + cpu::name(isa_) +
@@ -121,7 +122,10 @@ class CpuBackend final : public Backend {
     return {"cpu",
             std::string(cpu::name(isa_)) + ", " + std::to_string(pool_.threads()) +
                 (pool_.threads() == 1 ? " thread" : " threads"),
-            kAlignment, kHostPlaneAlignment, true, os::memory_bytes()};
+            kAlignment,
+            kHostPlaneAlignment,
+            true,
+            os::memory_bytes()};
   }
 
   bool supports(const OpCall& call) const override {
@@ -134,22 +138,16 @@ class CpuBackend final : public Backend {
   }
 
   std::unique_ptr<Buffer> allocate(std::int64_t bytes, std::string_view purpose) override {
-    if (limit_ > 0 && allocated_ + bytes > limit_) {
-      throw OutOfMemory(std::string(purpose) + ": " + std::to_string(bytes) +
-                            " bytes do not fit; " + std::to_string(allocated_) + " of " +
-                            std::to_string(limit_) + " are in use",
-                        allocated_ + bytes, limit_);
-    }
-    try {
-      return std::make_unique<CpuBuffer>(bytes, allocated_);
-    } catch (const std::bad_alloc&) {
-      throw OutOfMemory(
-          std::string(purpose) + ": the system has no " + std::to_string(bytes) + " bytes to give",
-          allocated_ + bytes, limit_);
-    }
+    return make_buffer(bytes, purpose, allocated_, limit_);
   }
-
   std::int64_t allocated_bytes() const override { return allocated_; }
+
+  std::unique_ptr<Buffer> allocate_host(std::int64_t bytes, std::string_view purpose) override {
+    auto buffer = make_buffer(bytes, purpose, host_allocated_, host_limit_);
+    clear(buffer->data(), bytes);
+    return buffer;
+  }
+  std::int64_t host_allocated_bytes() const override { return host_allocated_; }
 
   void upload(std::byte* to, std::span<const std::byte> from) override {
     if (!from.empty()) std::memcpy(to, from.data(), from.size());
@@ -166,9 +164,26 @@ class CpuBackend final : public Backend {
   }
 
  private:
+  static std::unique_ptr<Buffer> make_buffer(std::int64_t bytes, std::string_view purpose,
+                                             std::int64_t& allocated, std::int64_t limit) {
+    if (limit > 0 && allocated + bytes > limit) {
+      throw OutOfMemory(std::string(purpose) + ": " + std::to_string(bytes) +
+                            " bytes do not fit; " + std::to_string(allocated) + " of " +
+                            std::to_string(limit) + " are in use",
+                        allocated + bytes, limit);
+    }
+    try {
+      return std::make_unique<CpuBuffer>(bytes, allocated);
+    } catch (const std::bad_alloc&) {
+      throw OutOfMemory(
+          std::string(purpose) + ": the system has no " + std::to_string(bytes) + " bytes to give",
+          allocated + bytes, limit);
+    }
+  }
+
   Isa isa_;
-  std::int64_t limit_;
-  std::int64_t allocated_ = 0;
+  std::int64_t limit_, host_limit_;
+  std::int64_t allocated_ = 0, host_allocated_ = 0;
   ThreadPool pool_;
 };
 

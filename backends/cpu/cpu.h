@@ -12,8 +12,9 @@ namespace nibble::cpu {
 
 struct CpuOptions {
   int threads = 1;
-  std::optional<Isa> isa;             // the widest that the machine has when empty
-  std::int64_t memory_limit = 0;      // bytes that allocate() may hand out in all; 0: no limit
+  std::optional<Isa> isa;              // the widest that the machine has when empty
+  std::int64_t memory_limit = 0;       // bytes that allocate() may hand out in all; 0: no limit
+  std::int64_t host_memory_limit = 0;  // the same of allocate_host()
 };
 
 // Throws Unsupported when the machine lacks `isa`. The backend serves one thread at a time.

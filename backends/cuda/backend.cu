@@ -73,7 +73,9 @@ __global__ void probe() {}
 class CudaBackend final : public Backend {
  public:
   explicit CudaBackend(const CudaOptions& options)
-      : device_(options.device), limit_(options.memory_limit) {
+      : device_(options.device),
+        limit_(options.memory_limit),
+        host_limit_(options.host_memory_limit) {
     const int count = device_count();
     if (device_ < 0 || device_ >= count) {
       throw DeviceError(
@@ -102,7 +104,9 @@ class CudaBackend final : public Backend {
     check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_),
           "reading the device's properties");
     card_.shared_bytes = shared;
-    check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
+    for (cudaStream_t* stream : {&stream_, &copy_in_, &copy_out_}) {
+      check(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    }
     staging_.emplace(stream_);
     blas_.emplace();
   }
@@ -110,7 +114,7 @@ class CudaBackend final : public Backend {
   ~CudaBackend() override {
     cudaStreamSynchronize(stream_);
     staging_.reset();
-    cudaStreamDestroy(stream_);
+    for (const cudaStream_t stream : {stream_, copy_in_, copy_out_}) cudaStreamDestroy(stream);
   }
 
   BackendInfo info() const override {
@@ -161,6 +165,18 @@ class CudaBackend final : public Backend {
     }
   }
   std::int64_t allocated_bytes() const override { return allocated_; }
+  std::unique_ptr<Buffer> allocate_host(std::int64_t bytes, std::string_view purpose) override {
+    if (host_limit_ > 0 && host_allocated_ + bytes > host_limit_) {
+      throw OutOfMemory(std::string(purpose) + ": " + std::to_string(bytes) +
+                            " bytes of host memory do not fit; " + std::to_string(host_allocated_) +
+                            " of " + std::to_string(host_limit_) + " are in use",
+                        host_allocated_ + bytes, host_limit_);
+    }
+    std::unique_ptr<Buffer> buffer;
+    guarded([&] { buffer = std::make_unique<PinnedBuffer>(bytes, purpose, host_allocated_); });
+    return buffer;
+  }
+  std::int64_t host_allocated_bytes() const override { return host_allocated_; }
 
   void upload(std::byte* to, std::span<const std::byte> from) override {
     guarded([&] { staging_->upload(to, from); });
@@ -213,14 +229,14 @@ class CudaBackend final : public Backend {
   }
 
   int device_;
-  std::int64_t limit_;
+  std::int64_t limit_, host_limit_;
   DeviceDescription description_;
   std::int64_t free_bytes_ = 0;
   Card card_;
-  cudaStream_t stream_ = nullptr;
+  cudaStream_t stream_ = nullptr, copy_in_ = nullptr, copy_out_ = nullptr;
   std::optional<Staging> staging_;
   std::optional<Blas> blas_;
-  std::int64_t allocated_ = 0;
+  std::int64_t allocated_ = 0, host_allocated_ = 0;
   std::string poison_;
 };
 
@@ -244,7 +260,11 @@ class GuardedExecutable final : public Executable {
 
 std::unique_ptr<Executable> CudaBackend::compile(const Plan& plan, const Bindings& bindings) {
   return std::make_unique<GuardedExecutable>(*this, plan, bindings,
-                                             Launch{stream_, &card_, &*blas_});
+                                             Launch{.stream = stream_,
+                                                    .copy_in = copy_in_,
+                                                    .copy_out = copy_out_,
+                                                    .card = &card_,
+                                                    .blas = &*blas_});
 }
 
 // NVML by hand: the library comes with the driver, its header may not be there.

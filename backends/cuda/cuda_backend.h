@@ -12,8 +12,9 @@ namespace nibble::cuda {
 
 struct CudaOptions {
   int device = 0;
-  std::int64_t memory_limit = 0;  // bytes that allocate() may hand out in all; 0: no limit
-  bool hopper_kernels = true;     // false: those that run on sm_80 alone
+  std::int64_t memory_limit = 0;       // bytes that allocate() may hand out in all; 0: no limit
+  std::int64_t host_memory_limit = 0;  // the same of allocate_host()
+  bool hopper_kernels = true;          // false: those that run on sm_80 alone
 };
 
 struct DeviceDescription {

@@ -110,33 +110,130 @@ CudaExecutable::CudaExecutable(const Plan& plan, const Bindings& bindings, const
     if (scratch >= 0) step.call.scratch = bindings.arena + scratch;
     steps_.push_back(step);
   }
+  make_tasks();
 }
 
 CudaExecutable::~CudaExecutable() {
   if (graph_ != nullptr) cudaGraphExecDestroy(graph_);
+  for (const Task& task : tasks_) {
+    if (task.done != nullptr) cudaEventDestroy(task.done);
+  }
+  for (const cudaEvent_t event : fork_join_) {
+    if (event != nullptr) cudaEventDestroy(event);
+  }
 }
 
-std::size_t CudaExecutable::group_end(std::size_t first) const {
-  std::size_t end = first + 1;
-  while (end < steps_.size() && steps_[end].fused) ++end;
-  return end;
+namespace {
+
+Stream stream_of(OpId op) {
+  if (op == OpId::page_in) return Stream::copy_in;
+  return op == OpId::page_out ? Stream::copy_out : Stream::compute;
 }
 
-// Steps [first, end), which are one kernel.
-void CudaExecutable::enqueue(std::size_t first, std::size_t end) const {
-  const Step& step = steps_[first];
-  if (end - first == 1) return find_kernel(step.call.node->op).run(step.call, launch_);
+void add_accesses(const OpCall& call, std::int64_t scratch_bytes, std::vector<Access>& accesses) {
+  const auto add = [&](const void* address, std::int64_t size, bool writes) {
+    accesses.push_back({static_cast<const std::byte*>(address), size, writes});
+  };
+  const OpDef& def = op_def(call.node->op);
+  for (int i = 0; i < call.n_inputs; ++i) {
+    const auto k = static_cast<std::size_t>(i);
+    add(call.in[k], bytes(call.in_types[k]), (def.also_writes >> i & 1) != 0);
+  }
+  for (int i = 0; i < call.n_outputs; ++i) {
+    const auto k = static_cast<std::size_t>(i);
+    add(call.out[k], bytes(call.out_types[k]), true);
+  }
+  if (call.scratch != nullptr) add(call.scratch, scratch_bytes, true);
+}
+
+cudaEvent_t make_event() {
+  cudaEvent_t event = nullptr;
+  check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
+  return event;
+}
+
+}  // namespace
+
+void CudaExecutable::make_tasks() {
+  for (std::size_t first = 0; first < steps_.size(); first = tasks_.back().end) {
+    std::size_t end = first + 1;
+    while (end < steps_.size() && steps_[end].fused) ++end;
+    tasks_.push_back({first, end, stream_of(steps_[first].call.node->op), {}});
+    copies_ = copies_ || tasks_.back().stream != Stream::compute;
+  }
+  if (!copies_) return;
+  for (cudaEvent_t& event : fork_join_) event = make_event();
+  std::vector<StreamTask> stream_tasks;
+  for (const Task& task : tasks_) {
+    stream_tasks.push_back({task.stream, {}});
+    for (std::size_t i = task.first; i < task.end; ++i) {
+      const OpCall& call = steps_[i].call;
+      const Kernel& kernel = find_kernel(call.node->op);
+      add_accesses(call, kernel.scratch_bytes ? kernel.scratch_bytes(call, *launch_.card) : 0,
+                   stream_tasks.back().accesses);
+    }
+  }
+  const std::vector<std::vector<std::size_t>> waits = stream_waits(stream_tasks);
+  for (std::size_t i = 0; i < tasks_.size(); ++i) {
+    tasks_[i].waits = waits[i];
+    for (const std::size_t other : waits[i]) {
+      if (tasks_[other].done == nullptr) tasks_[other].done = make_event();
+    }
+  }
+}
+
+cudaStream_t CudaExecutable::handle(Stream stream) const {
+  switch (stream) {
+    case Stream::copy_in:
+      return launch_.copy_in;
+    case Stream::copy_out:
+      return launch_.copy_out;
+    case Stream::compute:
+      break;
+  }
+  return launch_.stream;
+}
+
+void CudaExecutable::enqueue(const Task& task, const Launch& launch) const {
+  const Step& step = steps_[task.first];
+  if (task.end - task.first == 1) return find_kernel(step.call.node->op).run(step.call, launch);
   if (step.call.node->op == OpId::linear) {
     std::array<MatVec, kMatVecGroup> calls;
-    for (std::size_t i = first; i < end; ++i) calls[i - first] = linear_matvec(steps_[i].call);
-    return matvec_group(calls.data(), static_cast<int>(end - first), launch_);
+    for (std::size_t i = task.first; i < task.end; ++i) {
+      calls[i - task.first] = linear_matvec(steps_[i].call);
+    }
+    return matvec_group(calls.data(), static_cast<int>(task.end - task.first), launch);
   }
-  const Step& second = steps_[first + 1];
-  fused_kernel(*step.call.node, step.node, *second.call.node).run(step.call, second.call, launch_);
+  const Step& second = steps_[task.first + 1];
+  fused_kernel(*step.call.node, step.node, *second.call.node).run(step.call, second.call, launch);
 }
 
 void CudaExecutable::enqueue_all() const {
-  for (std::size_t i = 0; i < steps_.size(); i = group_end(i)) enqueue(i, group_end(i));
+  if (!copies_) {
+    for (const Task& task : tasks_) enqueue(task, launch_);
+    return;
+  }
+  constexpr std::array copy_streams{Stream::copy_in, Stream::copy_out};
+  const cudaEvent_t start = fork_join_[0];
+  check(cudaEventRecord(start, launch_.stream), "event");
+  for (const Stream stream : copy_streams) {
+    check(cudaStreamWaitEvent(handle(stream), start), "event");
+  }
+  for (const Task& task : tasks_) {
+    Launch launch = launch_;
+    launch.stream = handle(task.stream);
+    launch.overlaps = task.waits.empty();
+    for (const std::size_t other : task.waits) {
+      check(cudaStreamWaitEvent(launch.stream, tasks_[other].done), "event");
+    }
+    enqueue(task, launch);
+    if (task.done != nullptr) check(cudaEventRecord(task.done, launch.stream), "event");
+  }
+  for (const Stream stream : copy_streams) {
+    const cudaEvent_t end = fork_join_[static_cast<std::size_t>(stream)];
+    check(cudaEventRecord(end, handle(stream)), "event");
+    check(cudaStreamWaitEvent(launch_.stream, end), "event");
+  }
 }
 
 void CudaExecutable::capture() {
@@ -189,16 +286,15 @@ struct Event {
 void CudaExecutable::run_checked(const Hook& hook) {
   const Event first_event, last_event;
   const cudaEvent_t begin = first_event.event, end = last_event.event;
-  for (std::size_t first = 0; first < steps_.size(); first = group_end(first)) {
-    const std::size_t end_step = group_end(first);
+  for (const Task& task : tasks_) {
     float ms = 0;
     check(cudaEventRecord(begin, launch_.stream), "event");
-    enqueue(first, end_step);
+    enqueue(task, launch_);
     check(cudaEventRecord(end, launch_.stream), "event");
-    check(cudaEventSynchronize(end), op_def(steps_[first].call.node->op).name.data());
+    check(cudaEventSynchronize(end), op_def(steps_[task.first].call.node->op).name.data());
     check(cudaEventElapsedTime(&ms, begin, end), "event");
-    for (std::size_t i = first; i < end_step; ++i) {
-      const bool last = i + 1 == end_step;
+    for (std::size_t i = task.first; i < task.end; ++i) {
+      const bool last = i + 1 == task.end;
       hook(steps_[i].node, steps_[i].call, last ? 1e-3 * static_cast<double>(ms) : 0);
     }
   }

@@ -3,11 +3,13 @@
 // The first run enqueues kernel by kernel, so that modules are loaded and the library has chosen
 // its kernels; then the same calls are captured and instantiated, and every later run is one
 // launch. Addresses, shapes and launch parameters are those of the plan; what changes from run to
-// run is data in device memory.
+// run is data in device memory. Copies from and to host memory run beside the kernels, on streams
+// of their own; engine/streams.h says what waits for what.
 #pragma once
 
 #include "backends/cuda/kernel.h"
 #include "engine/plan.h"
+#include "engine/streams.h"
 
 namespace nibble::cuda {
 
@@ -36,11 +38,23 @@ class CudaExecutable final : public Executable {
     OpCall call;
     bool fused;  // runs in one kernel with the step before it
   };
-  std::size_t group_end(std::size_t first) const;
-  void enqueue(std::size_t first, std::size_t end) const;
+  // Steps [first, end), which are one kernel or one copy.
+  struct Task {
+    std::size_t first, end;
+    Stream stream;
+    std::vector<std::size_t> waits;  // tasks of other streams
+    cudaEvent_t done = nullptr;      // for those that wait for it
+  };
+  void make_tasks();
+  cudaStream_t handle(Stream stream) const;
+  void enqueue(const Task& task, const Launch& launch) const;
   void enqueue_all() const;
   void capture();
   std::vector<Step> steps_;
+  std::vector<Task> tasks_;
+  bool copies_ = false;  // some task is not on the compute stream
+  std::array<cudaEvent_t, kStreams>
+      fork_join_{};  // with copies: the start, and the ends of their streams
   Launch launch_;
   cudaGraphExec_t graph_ = nullptr;
   bool ran_ = false;

@@ -27,6 +27,10 @@ struct Card {
 
 struct Launch {
   cudaStream_t stream = nullptr;
+  // Copies from and to host memory run beside the kernels, on these.
+  cudaStream_t copy_in = nullptr, copy_out = nullptr;
+  // The kernel may become resident before the one in front of it has ended.
+  bool overlaps = true;
   const Card* card = nullptr;
   Blas* blas = nullptr;
 };

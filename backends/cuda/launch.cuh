@@ -50,7 +50,7 @@ void start_clusters(const char* name, void (*kernel)(Params...), int cluster, di
   cudaLaunchAttribute attributes[2]{};
   unsigned count = 0;
   // Only code compiled for sm_90 or later waits for the kernel before it.
-  if (launch.card->capability >= 90 && compiled.ptxVersion >= 90) {
+  if (launch.overlaps && launch.card->capability >= 90 && compiled.ptxVersion >= 90) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }

@@ -22,6 +22,33 @@ DeviceBuffer::~DeviceBuffer() {
   total_ -= bytes_;
 }
 
+PinnedBuffer::PinnedBuffer(std::int64_t bytes, std::string_view purpose, std::int64_t& total)
+    : bytes_(bytes), total_(total) {
+  if (bytes == 0) return;
+  void* data = nullptr;
+  const auto size = static_cast<std::size_t>(bytes);
+  const cudaError_t status = cudaHostAlloc(&data, size, cudaHostAllocDefault);
+  if (status == cudaErrorMemoryAllocation || status == cudaErrorNotSupported) {
+    cudaGetLastError();
+    throw OutOfMemory(std::string(purpose) + ": " + std::to_string(bytes) +
+                          " bytes of host memory cannot be page-locked (" +
+                          cudaGetErrorString(status) +
+                          "); free some, raise the limit (ulimit -l, the container's memory), or "
+                          "lower --host-memory",
+                      total + bytes, 0);
+  }
+  check(status, "page-locking host memory");
+  data_ = static_cast<std::byte*>(data);
+  std::memset(data_, 0, size);
+  total_ += bytes_;
+}
+
+PinnedBuffer::~PinnedBuffer() {
+  if (data_ == nullptr) return;
+  cudaFreeHost(data_);
+  total_ -= bytes_;
+}
+
 Staging::Staging(cudaStream_t stream) : stream_(stream) {
   for (Slot& slot : slots_) {
     void* data = nullptr;
@@ -56,7 +83,7 @@ void Staging::upload(std::byte* to, std::span<const std::byte> from) {
     const std::size_t count = std::min(from.size(), kSlotBytes - used_);
     std::byte* staged = slots_[current_].data + used_;
     std::memcpy(staged, from.data(), count);
-    check(cudaMemcpyAsync(to, staged, count, cudaMemcpyHostToDevice, stream_), "upload");
+    check(cudaMemcpyAsync(to, staged, count, cudaMemcpyDefault, stream_), "upload");
     used_ = std::min(kSlotBytes, (used_ + count + 255) / 256 * 256);
     to += count;
     from = from.subspan(count);
@@ -66,7 +93,7 @@ void Staging::upload(std::byte* to, std::span<const std::byte> from) {
 void Staging::download(std::span<std::byte> to, const std::byte* from) {
   while (!to.empty()) {
     const std::size_t count = std::min(to.size(), kSlotBytes);
-    check(cudaMemcpyAsync(landing_, from, count, cudaMemcpyDeviceToHost, stream_), "download");
+    check(cudaMemcpyAsync(landing_, from, count, cudaMemcpyDefault, stream_), "download");
     check(cudaStreamSynchronize(stream_), "waiting for the device");
     std::memcpy(to.data(), landing_, count);
     to = to.subspan(count);

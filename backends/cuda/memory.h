@@ -27,6 +27,22 @@ class DeviceBuffer final : public Buffer {
   std::int64_t& total_;
 };
 
+// Page-locked host memory, cleared; counted in the same way. Throws OutOfMemory.
+class PinnedBuffer final : public Buffer {
+ public:
+  PinnedBuffer(std::int64_t bytes, std::string_view purpose, std::int64_t& total);
+  PinnedBuffer(const PinnedBuffer&) = delete;
+  PinnedBuffer& operator=(const PinnedBuffer&) = delete;
+  ~PinnedBuffer() override;
+  std::byte* data() override { return data_; }
+  std::int64_t size() const override { return bytes_; }
+
+ private:
+  std::byte* data_ = nullptr;
+  std::int64_t bytes_;
+  std::int64_t& total_;
+};
+
 // Pinned slots through which uploads travel: the caller's memory is free again when upload()
 // returns, while the copy itself goes on beside the host. Slots are reused in turn, each after the
 // copies out of it are done.

@@ -126,6 +126,7 @@ extern const OpDef adamw_op{.name = "adamw",
                             .infer = infer_adamw,
                             .reference = reference_adamw,
                             .samples = samples_adamw,
-                            .updates = 0b0000001};
+                            .updates = 0b0000001,
+                            .also_writes = 0b0001110};
 
 }  // namespace nibble

@@ -58,7 +58,8 @@ struct Golden {
 
 // Backend, weights and trainer of one variant.
 struct Setup {
-  Setup(const Golden& golden, Method method, DType compute, Rung rung, std::unique_ptr<Backend> on)
+  Setup(const Golden& golden, Method method, DType compute, Rung rung, std::unique_ptr<Backend> on,
+        std::int64_t paged_elements = 0)
       : backend(std::move(on)) {
     LoadOptions load;
     load.method = method;
@@ -75,6 +76,7 @@ struct Setup {
     options.compute = compute;
     options.storage.rung = rung;
     options.buckets = {kRows};
+    options.paged_elements = paged_elements;
     options.clip = golden.numbers["clip"];
     ParameterTable table = llama->parameters();
     table.set_weight_decay(golden.numbers["weight_decay"]);

@@ -2,6 +2,7 @@
 // weights, in F32 and BF16; every rung and several runs the same bytes; predicted bytes are
 // allocated bytes.
 #include "tests/golden/llama_golden.h"
+#include "tests/golden/paging_checks.h"
 #include "tests/gpu_main.h"
 
 using namespace nibble;
@@ -65,4 +66,8 @@ TEST_CASE("what fit() predicts is what is allocated on the GPU, to the byte") {
     CHECK(s.trainer->fit().total_bytes() + s.loaded->weight_bytes() ==
           s.backend->allocated_bytes());
   }
+}
+
+TEST_CASE("the optimizer's arrays give the same bytes wherever they lie, on the GPU") {
+  check_paging([] { return cuda_backend(); }, {DType::F32, DType::BF16});
 }

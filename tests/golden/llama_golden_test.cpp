@@ -2,6 +2,7 @@
 // gradient and ten AdamW steps, for adapters and for all weights, in F64 and F32.
 
 #include "tests/golden/llama_golden.h"
+#include "tests/golden/paging_checks.h"
 
 #include "backends/cpu/cpu.h"
 
@@ -116,4 +117,8 @@ TEST_CASE("what fit() predicts is what is allocated, to the byte") {
     CHECK(s.trainer->fit().total_bytes() + s.loaded->weight_bytes() ==
           s.backend->allocated_bytes());
   }
+}
+
+TEST_CASE("the optimizer's arrays give the same bytes wherever they lie") {
+  check_paging([] { return cpu_backend(); }, {DType::F64, DType::F32, DType::BF16});
 }

@@ -195,8 +195,7 @@ std::vector<std::vector<double>> reference_outputs(const Graph& graph, std::int3
 }
 
 unsigned written_inputs(OpId op) {
-  if (op == OpId::adamw) return 0b1111;  // master, m, v and grad
-  return op_def(op).updates;
+  return op_def(op).updates | op_def(op).also_writes;
 }
 
 }  // namespace nibble::registry

@@ -59,7 +59,7 @@ std::vector<double> normal_values(std::string_view name, std::int64_t count);
 std::vector<std::vector<double>> reference_outputs(const Graph& graph, std::int32_t node,
                                                    const std::vector<std::vector<double>>& inputs);
 
-// Inputs whose memory the op writes: bit i for input i. OpDef::updates, and what adamw documents.
+// Inputs whose memory the op writes: bit i for input i. OpDef::updates and also_writes.
 unsigned written_inputs(OpId op);
 
 }  // namespace nibble::registry

@@ -30,9 +30,9 @@ std::string refusal(const OpGraph& built, const std::vector<TensorType>& types) 
   return "accepted";
 }
 
-// Ops that sum over or scale whatever shape they are given.
+// Ops that sum over, scale or copy whatever shape they are given.
 bool any_rank(OpId op, int input) {
-  return (op == OpId::scale && input == 0) || (op == OpId::sum_squares && input == 1);
+  return op == OpId::page_in || (op == OpId::scale && input == 0) || (op == OpId::sum_squares && input == 1);
 }
 
 std::optional<TensorType> with_another_rank(const TensorType& type) {

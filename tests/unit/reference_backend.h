@@ -40,6 +40,10 @@ class ReferenceBackend final : public Backend {
     return std::make_unique<HostBuffer>(bytes, allocated_);
   }
   std::int64_t allocated_bytes() const override { return allocated_; }
+  std::unique_ptr<Buffer> allocate_host(std::int64_t bytes, std::string_view) override {
+    return std::make_unique<HostBuffer>(bytes, host_allocated_);
+  }
+  std::int64_t host_allocated_bytes() const override { return host_allocated_; }
   void upload(std::byte* to, std::span<const std::byte> from) override {
     if (!from.empty()) std::memcpy(to, from.data(), from.size());
   }
@@ -131,7 +135,7 @@ class ReferenceBackend final : public Backend {
     std::vector<Step> steps_;
   };
 
-  std::int64_t allocated_ = 0;
+  std::int64_t allocated_ = 0, host_allocated_ = 0;
 };
 
 }  // namespace nibble
