@@ -1,8 +1,9 @@
 // Work that runs side by side: kernels on one stream, copies from and to host memory on two others.
 //
-// Tasks are given in program order, each with the memory it touches. Tasks of one stream run in that
-// order; across streams a task waits for the last earlier one of each other stream that touches the
-// same bytes, unless both only read. So every result is that of running them one after the other.
+// Tasks are given in program order, each with the memory it touches. Tasks of one stream run in
+// that order; across streams a task waits for the last earlier one of each other stream that
+// touches the same bytes, unless both only read. So every result is that of running them one after
+// the other.
 #pragma once
 
 #include <cstddef>

@@ -47,7 +47,9 @@ Trainer::Trainer(Backend& backend, ParameterTable parameters, BuildLoss build_lo
       options_(options),
       runtime_(backend) {
   for (const std::int64_t rows : options_.buckets) {
+    if (options_.draft && rows != options_.buckets.back()) continue;
     for (const std::int64_t share : kLossShares) {
+      if (options_.draft && share != kLossShares.back()) continue;
       const std::int64_t loss_rows = std::max<std::int64_t>(1, rows / share);
       if (options_.training) add_program(rows, loss_rows, true);
       if (options_.evaluates) add_program(rows, loss_rows, false);
@@ -70,6 +72,21 @@ void Trainer::choose_pages() {
          2 * page_ * pageable_bytes_per_element() > runtime_.arena_bytes()) {
     page_ /= 2;
   }
+}
+
+double Trainer::estimate_step(const DeviceRates& rates, double average_span, double rows) const {
+  const Program& largest = micro_.back();
+  return rows / static_cast<double>(largest.rows) *
+             estimate_seconds(runtime_.plan(largest.number), rates, average_span) +
+         estimate_seconds(runtime_.plan(apply_), rates, average_span);
+}
+
+double Trainer::estimate_evaluation(const DeviceRates& rates, double average_span,
+                                    double rows) const {
+  if (evaluate_.empty()) return 0;
+  const Program& largest = evaluate_.back();
+  return rows / static_cast<double>(largest.rows) *
+         estimate_seconds(runtime_.plan(largest.number), rates, average_span);
 }
 
 std::int64_t Trainer::pageable_bytes_per_element() const {

@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/estimate.h"
 #include "engine/fit.h"
 #include "engine/parameters.h"
 #include "engine/runtime.h"
@@ -54,6 +55,9 @@ struct TrainerOptions {
   // rounded up to whole blocks. apply() brings them through the arena, which is idle then. The
   // arrays are the moments and, where parameters are used as rounded copies, the masters.
   std::int64_t paged_elements = 0;
+  // Plans the largest bucket alone, all of whose rows have labels: what the memory is sized by, for
+  // choosing among policies. Such a trainer is not for training.
+  bool draft = false;
 };
 
 struct StepResult {
@@ -93,6 +97,11 @@ class Trainer {
   void load(StateSource& source);
 
   double plan_ratio() const;  // arena over its lower bound, the worst program
+
+  // Seconds that microbatches of `rows` rows in all and one apply() should take, and those of
+  // scoring so many rows; in the largest bucket, as if all rows had labels.
+  double estimate_step(const DeviceRates& rates, double average_span, double rows) const;
+  double estimate_evaluation(const DeviceRates& rates, double average_span, double rows) const;
 
   // Bytes that paging one element moves out of device memory.
   std::int64_t pageable_bytes_per_element() const;

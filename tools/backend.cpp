@@ -9,6 +9,7 @@
 #include "backends/cuda/load.h"
 #include "engine/error.h"
 #include "engine/os.h"
+#include "tools/cards.h"
 #include "tools/text.h"
 
 namespace nibble {
@@ -46,14 +47,18 @@ void add_backend_flags(CLI::App& command, BackendChoice& choice, const std::stri
       ->group(group);
 }
 
-std::unique_ptr<Backend> open_backend(const BackendChoice& choice, std::int64_t memory_limit) {
+std::unique_ptr<Backend> open_backend(const BackendChoice& choice, std::int64_t memory_limit,
+                                      std::int64_t host_memory_limit) {
   const auto cpu = [&] {
-    return cpu::make_cpu_backend(
-        {.threads = cpu_threads(choice), .isa = {}, .memory_limit = memory_limit});
+    return cpu::make_cpu_backend({.threads = cpu_threads(choice),
+                                  .isa = {},
+                                  .memory_limit = memory_limit,
+                                  .host_memory_limit = host_memory_limit});
   };
   const auto cuda = [&](int device) {
     return cuda::open_cuda({.device = device,
                             .memory_limit = memory_limit,
+                            .host_memory_limit = host_memory_limit,
                             .hopper_kernels = choice.kernels != "sm80"});
   };
   if (choice.name == "cpu") return cpu();
@@ -64,6 +69,16 @@ std::unique_ptr<Backend> open_backend(const BackendChoice& choice, std::int64_t 
                       ": there are cpu, cuda and cuda:N, see nibble devices");
   }
   return cuda(*number);
+}
+
+std::unique_ptr<Backend> open_planning_backend(const BackendChoice& choice,
+                                               const CardFigures& card) {
+  cuda::DeviceDescription device;
+  device.name = card.part;
+  device.capability = card.capability;
+  device.multiprocessors = card.multiprocessors;
+  device.memory_bytes = card.memory_bytes;
+  return cuda::open_cuda({.hopper_kernels = choice.kernels != "sm80", .planned_for = &device});
 }
 
 bool is_cuda(const BackendInfo& info) { return info.name.starts_with("cuda"); }

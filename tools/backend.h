@@ -15,6 +15,8 @@ class App;
 
 namespace nibble {
 
+struct CardFigures;
+
 struct BackendChoice {
   std::string name = "auto";     // auto: CUDA where it is available
   std::string kernels = "auto";  // sm80: without those of newer cards
@@ -26,8 +28,13 @@ void add_backend_flags(CLI::App& command, BackendChoice& choice,
                        const std::string& group = "OPTIONS");
 
 // Throws Unsupported or DeviceError with the reason why the device asked for cannot be had.
-// memory_limit: bytes that the backend may hand out in all; 0: no limit.
-std::unique_ptr<Backend> open_backend(const BackendChoice& choice, std::int64_t memory_limit);
+// The limits are bytes that the backend may hand out in all, on the device and page-locked on the
+// host; 0: no limit.
+std::unique_ptr<Backend> open_backend(const BackendChoice& choice, std::int64_t memory_limit,
+                                      std::int64_t host_memory_limit = 0);
+// A backend that plans for a card that need not be there.
+std::unique_ptr<Backend> open_planning_backend(const BackendChoice& choice,
+                                               const CardFigures& card);
 
 bool is_cuda(const BackendInfo& info);
 int device_number(const BackendInfo& info);  // 0 for the CPU

@@ -7,6 +7,7 @@
 #include "engine/error.h"
 #include "engine/os.h"
 #include "tools/bench_parts.h"
+#include "tools/cards.h"
 #include "tools/open_blas.h"
 #include "tools/text.h"
 
@@ -130,7 +131,14 @@ void add_bench_flags(CLI::App& command, BenchRequest& r) {
   command.add_option("--compute", r.compute, "f32 | bf16; default f32 on a CPU, bf16 on a GPU")
       ->check(CLI::IsMember({"f32", "bf16"}));
   add_backend_flags(command, r.where);
-  command.add_option("--memory,--vram", r.memory, "most bytes that train may allocate");
+  command.add_option("--memory,--vram", r.memory,
+                     "most bytes that train may take, as for finetune");
+  command.add_option("--host-memory", r.host_memory, "most bytes that it may page-lock");
+  command.add_option("--card", r.card, "as for finetune: " + card_list())
+      ->check(CLI::IsMember(card_names()));
+  command.add_option("--micro-batches", r.micro_batches, "of --batch rows, a step")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
   command.add_option("--dropout", r.dropout)->check(CLI::Range(0.0, 0.99))->capture_default_str();
   command
       .add_option("--peak-seconds", r.peak_seconds,

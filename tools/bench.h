@@ -16,8 +16,9 @@ namespace nibble {
 
 struct BenchRequest {
   BackendChoice where;
-  std::string what, model, compute, storage = "store", method = "qlora", memory;
+  std::string what, model, compute, storage = "store", method = "qlora", memory, host_memory, card;
   std::int64_t batch = 4, sequence = 256, rank = -1, steps = 5, prompt = 128, tokens = 64;
+  std::int64_t micro_batches = 1;
   double dropout = 0, peak_seconds = 2;
   bool ops = false, json = false;
 };

@@ -158,6 +158,8 @@ FinetuneSetup bench_setup(const BenchRequest& r, std::int64_t rank) {
   s.recipe.storage = r.storage;
   s.recipe.compute = r.compute;
   s.recipe.memory = r.memory;
+  s.recipe.host_memory = r.host_memory;
+  s.recipe.card = r.card;
   s.recipe.where = r.where;
   s.repeat_first_block = r.model.starts_with("random:");
   s.evaluates = false;
@@ -184,11 +186,14 @@ int bench_train(const BenchRequest& r, std::ostream& out, std::ostream& log) {
   if (rank == 0) throw Error("bench train needs an adapter: --rank 1 or more");
   FinetuneSetup s = bench_setup(r, rank);
   const std::int64_t rows = round_up(r.batch * r.sequence, 256);
+  const std::int64_t step_rows = rows * r.micro_batches;
   s.buckets = {rows};
+  s.work.rows_per_step = s.work.tokens_per_step = static_cast<double>(step_rows);
+  s.work.average_span = static_cast<double>(r.sequence);
   plan_model(s, 0);
   if (!s.fit.fits()) {
     print_fit(s.fit, log);
-    throw Error("the step does not fit --memory " + r.memory);
+    throw Error("the step does not fit");
   }
   const double planned = os::seconds();
   reserve_and_read(s, {});
@@ -201,7 +206,7 @@ int bench_train(const BenchRequest& r, std::ostream& out, std::ostream& log) {
   std::vector<double> seconds;
   const auto step = [&](const Executable::Hook& hook) {
     const double begin = os::seconds();
-    s.trainer->micro(batch, hook);
+    for (std::int64_t i = 0; i < r.micro_batches; ++i) s.trainer->micro(batch, hook);
     const StepResult result = s.trainer->apply(1e-4, hook);
     if (!std::isfinite(result.loss)) throw Error("the loss is not a number");
     return os::seconds() - begin;
@@ -217,14 +222,16 @@ int bench_train(const BenchRequest& r, std::ostream& out, std::ostream& log) {
   if (r.ops) step(table.hook());
   const std::int64_t allocated = s.backend->allocated_bytes();
   const std::string description = s.backend->info().description, storage = s.fit.storage;
-  const double time = median(seconds), flops = step_flops(s, rows);
-  const std::int64_t fit_bytes = s.fit.total_bytes();
+  const double time = median(seconds),
+               flops = step_flops(s, rows) * static_cast<double>(r.micro_batches);
+  const FitReport fit = s.fit;
+  const std::int64_t pinned = s.backend->host_allocated_bytes();
   const MachineRates peak = peak_after(s, r, rows);
-  const double tokens_per_s = static_cast<double>(rows) / time;
+  const double tokens_per_s = static_cast<double>(step_rows) / time;
   const double joules =
       before.joules < 0 || after.joules < 0
           ? -1
-          : (after.joules - before.joules) / static_cast<double>(rows * r.steps) * 1000;
+          : (after.joules - before.joules) / static_cast<double>(step_rows * r.steps) * 1000;
   Json row = {{"model", r.model},
               {"batch", r.batch},
               {"seq", r.sequence},
@@ -235,7 +242,9 @@ int bench_train(const BenchRequest& r, std::ostream& out, std::ostream& log) {
               {"seconds", time},
               {"mean_seconds", elapsed / static_cast<double>(r.steps)},
               {"peak_bytes", allocated},
-              {"planned_bytes", fit_bytes},
+              {"planned_bytes", fit.total_bytes()},
+              {"pinned_bytes", pinned},
+              {"micro_batches", r.micro_batches},
               {"flops", flops},
               {"flops_per_s", flops / time},
               {"peak_share", flops / time / peak.flops_per_s},
@@ -245,6 +254,7 @@ int bench_train(const BenchRequest& r, std::ostream& out, std::ostream& log) {
               {"load_seconds", loaded - planned},
               {"first_loss_seconds", first_loss - start}};
   if (cuda) row["device_used_bytes"] = after.device_used_bytes;
+  if (fit.tokens_per_s > 0) row["predicted_tokens_per_s"] = fit.tokens_per_s;
   if (joules >= 0) row["joules_per_1000_tokens"] = joules;
   if (r.ops) row["kernels"] = table.json(peak);
   if (r.json) {
@@ -261,8 +271,10 @@ int bench_train(const BenchRequest& r, std::ostream& out, std::ostream& log) {
   } else {
     out << ", process peak " << size_text(os::peak_resident_bytes());
   }
+  if (pinned > 0) out << ", " << size_text(pinned) << " page-locked on the host";
   if (joules >= 0) out << format(", %.1f J per 1,000 tokens", joules);
   out << "\n";
+  if (fit.tokens_per_s > 0) out << format("%.0f tokens/s were predicted\n", fit.tokens_per_s);
   if (r.ops) table.print(peak, out);
   out << format("%.1f GFLOP/s, %.1f %% of %s in this run (%.1f GFLOP/s; copy %.0f GB/s)\n",
                 flops / time / 1e9, 100 * flops / time / peak.flops_per_s, peak.what.c_str(),

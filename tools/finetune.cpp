@@ -488,19 +488,28 @@ int finetune(const Recipe& recipe, std::ostream& out, std::ostream& log) {
   return Run(std::move(setup), std::move(directory), out, log).execute();
 }
 
+// A prediction, or null where the device's figures are not known.
+static Json known(double value) { return value > 0 ? Json(value) : Json(); }
+
 int fit(const Recipe& recipe, std::ostream& out, std::ostream& log) {
-  const FinetuneSetup setup = set_up(recipe, log);
+  const FinetuneSetup setup = set_up(recipe, log, true);
   if (recipe.json) {
-    Json lines = Json::object(), host = Json::object();
+    Json lines = Json::object(), pinned = Json::object(), host = Json::object();
     for (const FitReport::Line& line : setup.fit.device) lines[line.name] = line.bytes;
+    for (const FitReport::Line& line : setup.fit.pinned) pinned[line.name] = line.bytes;
     for (const FitReport::Line& line : setup.fit.host) host[line.name] = line.bytes;
     out << Json{{"fits", setup.fit.fits()},
                 {"total_bytes", setup.fit.total_bytes()},
                 {"budget_bytes", setup.fit.budget_bytes},
                 {"lines", lines},
+                {"context_bytes", setup.fit.context_bytes},
+                {"pinned_lines", pinned},
+                {"pinned_budget_bytes", setup.fit.pinned_budget_bytes},
                 {"host_lines", host},
                 {"storage", setup.fit.storage},
-                {"steps", setup.recipe.steps}}
+                {"steps", setup.recipe.steps},
+                {"tokens_per_s", known(setup.fit.tokens_per_s)},
+                {"hours", known(setup.fit.hours)}}
                .dump()
         << "\n";
   } else {

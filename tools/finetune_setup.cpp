@@ -11,6 +11,7 @@
 #include "gguf-convert/adapter.h"
 #include "gguf-convert/convert.h"
 #include "gguf-convert/names.h"
+#include "tools/cards.h"
 #include "tools/text.h"
 #include "tools/tiny_model.h"
 
@@ -151,9 +152,58 @@ void make_buckets(FinetuneSetup& s) {
   const std::int64_t most = *std::max_element(totals.begin(), totals.end());
   const std::int64_t capacity = std::max(r.sequence, std::min(wanted, most));
   for (std::int64_t total : totals) {
+    s.work.tokens_per_step += static_cast<double>(total);
     for (; total > 0; total -= capacity) fills.push_back(std::min(total, capacity));
   }
   s.buckets = choose_buckets(fills, capacity);
+  for (const std::int64_t fill : fills) {
+    s.work.rows_per_step +=
+        static_cast<double>(*std::lower_bound(s.buckets.begin(), s.buckets.end(), fill));
+  }
+  const auto steps = static_cast<double>(totals.size());
+  s.work.tokens_per_step /= steps;
+  s.work.rows_per_step /= steps;
+  double rows = 0, squares = 0;
+  for (const Row& row : s.train) {
+    const auto n = static_cast<double>(program_rows(row));
+    rows += n;
+    squares += n * n;
+  }
+  s.work.average_span = squares / rows;
+  for (const Row& row : s.held_out) {
+    s.work.evaluated_rows += static_cast<double>(program_rows(row));
+  }
+}
+
+// Without data: every row has --seq tokens.
+void assume_full_rows(FinetuneSetup& s) {
+  Recipe& r = s.recipe;
+  if (r.sequence == 0 || r.steps == 0) {
+    throw Error("without --data, fit needs --seq and --steps: what would be trained on");
+  }
+  if (r.micro_batch == 0 && r.accumulation > 0) {
+    r.micro_batch = (r.batch + r.accumulation - 1) / r.accumulation;
+  }
+  if (r.micro_batch == 0) {
+    const std::int64_t automatic = is_cuda(s.backend->info()) ? kAutoMicroRowsCuda : kAutoMicroRows;
+    r.micro_batch = std::clamp<std::int64_t>(automatic / r.sequence, 1, r.batch);
+  }
+  s.buckets = {round_up(r.micro_batch * r.sequence, 256)};
+  s.evaluates = !r.eval_data.empty();
+  s.work.tokens_per_step = static_cast<double>(r.batch * r.sequence);
+  s.work.rows_per_step =
+      static_cast<double>((r.batch + r.micro_batch - 1) / r.micro_batch * s.buckets.back());
+  s.work.average_span = static_cast<double>(r.sequence);
+}
+
+void print_plan(const FinetuneSetup& s, std::ostream& log) {
+  log << "trains     " << count_text(s.trainer->parameters().trainable()) << " parameters ("
+      << s.recipe.method;
+  if (!s.trains_weights())
+    log << format(", rank %lld, alpha %g", static_cast<long long>(s.recipe.rank), s.recipe.alpha);
+  log << "), storage " << s.fit.storage << ", microbatches of";
+  for (const std::int64_t b : s.buckets) log << " " << b;
+  log << " tokens, " << s.backend->info().description << ", " << s.recipe.compute << "\n";
 }
 
 void resolve_optimizer(FinetuneSetup& s) {
@@ -228,83 +278,6 @@ void print_model(const FinetuneSetup& s, std::ostream& log) {
   }
 }
 
-constexpr int kMostSplits = 6;  // depths to try
-
-// Programs for one storage policy, and what they cost.
-void plan_storage(FinetuneSetup& s, const StoragePolicy& storage, std::int64_t sample_context) {
-  const Recipe& r = s.recipe;
-  TrainerOptions options;
-  options.compute = compute_dtype(r.compute);
-  options.storage = storage;
-  options.buckets = s.buckets;
-  options.evaluates = s.evaluates;
-  options.training = !s.without_adapter;
-  options.beta2 = r.beta2;
-  options.clip = r.clip;
-  options.seed = r.seed;
-  const Llama* llama = s.llama.get();
-  ParameterTable table = llama->parameters();
-  table.set_weight_decay(static_cast<float>(r.weight_decay));
-  s.decoder.reset();
-  s.trainer = std::make_unique<Trainer>(
-      *s.backend, std::move(table),
-      [llama](Graph& graph, const LossInputs& in) { return llama->build_loss(graph, in); },
-      options);
-  if (sample_context > 0) {
-    s.decoder = std::make_unique<Decoder>(s.trainer->runtime(), *llama, options.compute,
-                                          sample_context, s.loaded->config().vocab);
-  }
-  s.fit = s.trainer->fit();
-  s.fit.device.insert(s.fit.device.begin(), {"weights", s.loaded->weight_bytes()});
-  if (s.loaded->mapped_bytes() > 0)
-    s.fit.host.push_back({"weights mapped", s.loaded->mapped_bytes()});
-  if (!r.memory.empty()) {
-    s.fit.budget_bytes = parse_size(r.memory, "--memory");
-  } else if (s.fit.total_bytes() > s.backend->info().memory_bytes) {
-    // A limit that nobody set matters where it is exceeded.
-    s.fit.budget_bytes = s.backend->info().memory_bytes;
-  }
-}
-
-// The fastest policy that fits the cap, or the machine: the rungs from the fastest to the leanest,
-// and between the last that does not fit and the first that does as few lean blocks as possible.
-// Bytes are all but linear in their number, so that a few plans find it.
-void choose_storage(FinetuneSetup& s, std::int64_t sample_context) {
-  const BackendInfo info = s.backend->info();
-  // Main memory is shared with everything else; a card's is what was free.
-  const std::int64_t machine = is_cuda(info) ? info.memory_bytes : info.memory_bytes / 10 * 8;
-  const auto plan = [&](const StoragePolicy& storage) {  // bytes too many
-    plan_storage(s, storage, sample_context);
-    return s.fit.total_bytes() - (s.recipe.memory.empty() ? machine : s.fit.budget_bytes);
-  };
-  std::int64_t over = plan({.rung = Rung::store});
-  for (const auto& [fast, lean] :
-       {std::pair{Rung::store, Rung::cheap}, {Rung::cheap, Rung::block}}) {
-    if (over <= 0) return;
-    std::int64_t over_lean = plan({.rung = lean});
-    if (over_lean > 0) {
-      over = over_lean;
-      continue;
-    }
-    std::int64_t too_few = 0, enough = s.loaded->config().layers, planned = enough;
-    for (int tries = 0; tries < kMostSplits && enough - too_few > 1; ++tries) {
-      const double share = static_cast<double>(over) / static_cast<double>(over - over_lean);
-      const auto guess = too_few + static_cast<std::int64_t>(
-                                       std::ceil(share * static_cast<double>(enough - too_few)));
-      planned = std::clamp(guess, too_few + 1, enough - 1);
-      const std::int64_t now = plan({.rung = fast, .lean = lean, .split = planned});
-      (now > 0 ? too_few : enough) = planned;
-      (now > 0 ? over : over_lean) = now;
-    }
-    if (planned != enough) {
-      plan(enough == s.loaded->config().layers
-               ? StoragePolicy{.rung = lean}
-               : StoragePolicy{.rung = fast, .lean = lean, .split = enough});
-    }
-    return;
-  }
-}
-
 }  // namespace
 
 std::vector<std::string> resolve_targets(const std::vector<std::string>& targets) {
@@ -335,8 +308,14 @@ std::vector<std::string> resolve_targets(const std::vector<std::string>& targets
 void open_setup_model(FinetuneSetup& s) {
   Recipe& r = s.recipe;
   if (r.where.threads <= 0) r.where.threads = os::physical_cores();
-  const std::int64_t limit = r.memory.empty() ? 0 : parse_size(r.memory, "--memory");
-  s.backend = open_backend(r.where, limit);
+  if (s.plans_only && !r.card.empty()) {
+    s.backend = open_planning_backend(r.where, find_card(r.card));
+  } else {
+    const std::int64_t limit = !r.memory.empty() ? parse_size(r.memory, "--memory")
+                               : !r.card.empty() ? find_card(r.card).memory_bytes
+                                                 : 0;
+    s.backend = open_backend(r.where, limit, host_budget(r));
+  }
   r.compute = resolve_compute(r.compute, s.backend->info());
   LoadOptions load = load_options(r);
   load.repeat_first_block = s.repeat_first_block;
@@ -354,32 +333,20 @@ void reserve_and_read(FinetuneSetup& s, const LoadedModel::Progress& progress) {
   if (s.trains_weights()) s.loaded->load_parameters(*s.trainer, progress);
 }
 
-void plan_model(FinetuneSetup& s, std::int64_t sample_context) {
-  Recipe& r = s.recipe;
-  std::optional<LoraSpec> lora;
-  if (r.method != "full" && !s.without_adapter)
-    lora = LoraSpec{r.rank, r.alpha, r.dropout, r.targets};
-  s.llama =
-      std::make_unique<Llama>(s.loaded->config(), s.loaded->types(), lora, r.method == "full");
-  if (r.storage != "auto") {
-    const std::optional<StoragePolicy> storage = StoragePolicy::parse(r.storage);
-    if (!storage || storage->split > s.loaded->config().layers) {
-      throw Error("--storage " + r.storage +
-                  ": write auto, store, cheap or block, or cheap:N+store, " +
-                  "block:N+cheap or block:N+store for the first N of the " +
-                  std::to_string(s.loaded->config().layers) + " blocks");
-    }
-    return plan_storage(s, *storage, sample_context);
-  }
-  choose_storage(s, sample_context);
-  r.storage = s.fit.storage;
-}
-
-FinetuneSetup set_up(const Recipe& recipe, std::ostream& log) {
+FinetuneSetup set_up(const Recipe& recipe, std::ostream& log, bool plans_only) {
   FinetuneSetup s;
   s.recipe = recipe;
+  s.plans_only = plans_only;
+  s.repeat_first_block = plans_only && recipe.model.starts_with("random:");
   open_setup_model(s);
   print_model(s, log);
+  if (recipe.data.empty()) {
+    assume_full_rows(s);
+    resolve_optimizer(s);
+    plan_model(s, 0);
+    print_plan(s, log);
+    return s;
+  }
   s.tokenizer = std::make_unique<Tokenizer>(s.loaded->checkpoint().tokenizer());
   load_data(s, log);
   split_data(s, log);
@@ -395,31 +362,8 @@ FinetuneSetup set_up(const Recipe& recipe, std::ostream& log) {
                 static_cast<long long>(s.recipe.batch), s.recipe.pack ? "packs" : "rows",
                 s.schedule->epochs(), s.recipe.lr, s.recipe.schedule.c_str(), s.recipe.warmup)
       << "\n";
-  log << "trains     " << count_text(s.trainer->parameters().trainable()) << " parameters ("
-      << s.recipe.method;
-  if (!s.trains_weights())
-    log << format(", rank %lld, alpha %g", static_cast<long long>(s.recipe.rank), s.recipe.alpha);
-  log << "), storage " << s.fit.storage << ", microbatches of";
-  for (const std::int64_t b : s.buckets) log << " " << b;
-  log << " tokens, " << s.backend->info().description << ", " << s.recipe.compute << "\n";
+  print_plan(s, log);
   return s;
-}
-
-void print_fit(const FitReport& fit, std::ostream& out) {
-  out << "memory     " << size_text(fit.total_bytes()) << " allocated:";
-  for (const FitReport::Line& line : fit.device) {
-    if (line.bytes > 0) out << " " << line.name << " " << size_text(line.bytes) << ",";
-  }
-  out << " storage " << fit.storage << "\n";
-  for (const FitReport::Line& line : fit.host) {
-    out << "           " << line.name << " " << size_text(line.bytes) << " (not allocated)\n";
-  }
-  if (fit.budget_bytes > 0) {
-    out << "           of " << size_text(fit.budget_bytes) << ": "
-        << (fit.fits() ? "fits\n"
-                       : "does not fit, " + size_text(fit.total_bytes() - fit.budget_bytes) +
-                             " too much\n");
-  }
 }
 
 void initialize_adapter(Trainer& trainer, std::uint64_t seed) {

@@ -22,6 +22,14 @@ struct DataRead {
   std::uint64_t fingerprint = 0;
 };
 
+// What a step consists of, on average, for predicting its time.
+struct StepWork {
+  double tokens_per_step = 0;  // of the data
+  double rows_per_step = 0;    // those that are computed, padding included
+  double evaluated_rows = 0;   // of one evaluation
+  double average_span = 0;     // rows of a document
+};
+
 struct FinetuneSetup {
   Recipe recipe;  // with every default filled in
   std::unique_ptr<Backend> backend;
@@ -35,23 +43,28 @@ struct FinetuneSetup {
   std::unique_ptr<Llama> llama;
   std::unique_ptr<Trainer> trainer;
   std::unique_ptr<Decoder> decoder;
+  StepWork work;
   FitReport fit;
   std::int64_t total_parameters = 0;
   bool repeat_first_block = false;  // LoadOptions
   bool without_adapter = false;     // only decodes, with the weights as they are
   bool evaluates = true;            // plans programs that only score
+  bool plans_only = false;          // nothing will be allocated: --card need not be there
 
   bool trains_weights() const { return recipe.method == "full"; }
 };
 
 // Opens headers and data, resolves every default and plans all programs. Prints what was found to
 // `log`. Nothing of the size of the model is allocated or read.
-FinetuneSetup set_up(const Recipe& recipe, std::ostream& log);
+FinetuneSetup set_up(const Recipe& recipe, std::ostream& log, bool plans_only = false);
 
 // The parts of set_up() that do not need data: backend and model headers, then the programs for
 // setup.buckets and, with sample_context > 0, for decoding.
 void open_setup_model(FinetuneSetup& setup);
 void plan_model(FinetuneSetup& setup, std::int64_t sample_context);
+
+// Bytes of the host that a run may page-lock.
+std::int64_t host_budget(const Recipe& recipe);
 
 // Reserves all memory, then reads the weights.
 void reserve_and_read(FinetuneSetup& setup, const LoadedModel::Progress& progress);

@@ -8,10 +8,11 @@
 
 #include "engine/error.h"
 #include "engine/os.h"
+#include "tools/cards.h"
 
 namespace nibble {
 
-void add_recipe_flags(CLI::App& command, Recipe& r) {
+void add_recipe_flags(CLI::App& command, Recipe& r, bool needs_data) {
   const auto what = "What to train";
   command
       .add_option("--model,-m,--model-name", r.model,
@@ -23,7 +24,7 @@ void add_recipe_flags(CLI::App& command, Recipe& r) {
                   "training rows, .jsonl or .json (several: -d A -d B)")
       ->take_all()
       ->group(what)
-      ->required();
+      ->required(needs_data);
   command.add_option("--method", r.method, "qlora: adapter over 4-bit weights | lora | full")
       ->group(what)
       ->check(CLI::IsMember({"qlora", "lora", "full"}))
@@ -65,8 +66,20 @@ void add_recipe_flags(CLI::App& command, Recipe& r) {
   command.add_option("--compute", r.compute, "f32 | bf16; default f32 on a CPU, bf16 on a GPU")
       ->group(where)
       ->check(CLI::IsMember({"f32", "bf16"}));
-  command.add_option("--memory,--vram", r.memory, "most bytes to allocate, such as 24G")
+  command
+      .add_option("--memory,--vram", r.memory,
+                  "most bytes on the device, such as 24G; a GPU's context counts")
       ->group(where);
+  command
+      .add_option("--host-memory", r.host_memory,
+                  "most bytes to page-lock beside it; default 60 % of the machine's")
+      ->group(where);
+  command
+      .add_option(
+          "--card", r.card,
+          "stay within what this card has: " + card_list() + "; fit plans for it on any machine")
+      ->group(where)
+      ->check(CLI::IsMember(card_names()));
   command
       .add_option("--storage", r.storage,
                   "store | cheap | block: what the backward pass keeps and what it recomputes, or "
@@ -245,6 +258,8 @@ nlohmann::ordered_json to_json(const Recipe& r) {
           {"steps", r.steps},
           {"storage", r.storage},
           {"memory", r.memory},
+          {"host_memory", r.host_memory},
+          {"card", r.card},
           {"sample_prompts", r.sample_prompts},
           {"eval_every", r.eval_every},
           {"save_every", r.save_every},
@@ -288,8 +303,8 @@ std::vector<std::string> config_flags(const std::string& path) {
 std::vector<std::string> recipe_differences(const nlohmann::ordered_json& before,
                                             const nlohmann::ordered_json& now) {
   // Where a run's values live and what is kept of it do not change its bytes.
-  constexpr std::array<std::string_view, 5> free_to_change = {"storage", "memory", "eval_every",
-                                                              "save_every", "keep_checkpoints"};
+  constexpr std::array<std::string_view, 7> free_to_change = {
+      "storage", "memory", "host_memory", "card", "eval_every", "save_every", "keep_checkpoints"};
   std::vector<std::string> differences;
   for (const auto& [key, value] : now.items()) {
     if (std::find(free_to_change.begin(), free_to_change.end(), key) != free_to_change.end())

@@ -26,7 +26,7 @@ struct Recipe {
   bool truncate = false, skip_bad = false;
   // where
   BackendChoice where;
-  std::string out, compute, memory, storage = "auto";
+  std::string out, compute, memory, host_memory, card, storage = "auto";
   bool resume = false, overwrite = false, dry_run = false, json = false;
   // adapter
   std::int64_t rank = 16;
@@ -50,7 +50,7 @@ struct Recipe {
 };
 
 // Adds the flags of `recipe` to a command. `recipe` must outlive the parse.
-void add_recipe_flags(CLI::App& command, Recipe& recipe);
+void add_recipe_flags(CLI::App& command, Recipe& recipe, bool needs_data = true);
 
 // All flags but --out, --backend, --threads and the switches of a single start.
 nlohmann::ordered_json to_json(const Recipe& recipe);

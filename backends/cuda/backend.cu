@@ -70,7 +70,64 @@ constexpr bool kHasHopperKernels = false;
 
 __global__ void probe() {}
 
-class CudaBackend final : public Backend {
+// What both backends below know: the kernels of a card.
+class CardBackend : public Backend {
+ public:
+  bool supports(const OpCall& call) const override {
+    return find_kernel(call.node->op).supports(call);
+  }
+  std::int64_t scratch_bytes(const OpCall& call) const override {
+    const Kernel& kernel = find_kernel(call.node->op);
+    return kernel.scratch_bytes == nullptr ? 0 : kernel.scratch_bytes(call, card_);
+  }
+  bool fuses(const Graph& graph, std::span<const std::int32_t> group,
+             std::int32_t next) const override {
+    return fuses_group(graph, group, next);
+  }
+
+ protected:
+  BackendInfo info_of(const std::string& name, std::int64_t memory_bytes) const {
+    return {.name = name,
+            .description = description_.name + (card_.hopper ? "" : ", sm_80 kernels"),
+            .alignment = kAlignment,
+            .plane_alignment = kHostPlaneAlignment,
+            .reads_host_memory = false,
+            .memory_bytes = memory_bytes,
+            .rounds_operands = true};
+  }
+  DeviceDescription description_;
+  Card card_;
+};
+
+// What a backend on such a card would plan, without the card.
+class PlanningBackend final : public CardBackend {
+ public:
+  PlanningBackend(const DeviceDescription& device, bool hopper_kernels) {
+    description_ = device;
+    card_.capability = device.capability;
+    card_.multiprocessors = device.multiprocessors;
+    card_.hopper = kHasHopperKernels && device.capability == 90 && hopper_kernels;
+    // Of a block (CUDA C++ Programming Guide, technical specifications by compute capability).
+    const int kib = device.capability == 80 ? 163 : device.capability == 90 ? 227 : 99;
+    card_.shared_bytes = kib * 1024;
+  }
+  BackendInfo info() const override { return info_of("cuda", description_.memory_bytes); }
+  std::unique_ptr<Buffer> allocate(std::int64_t, std::string_view) override { refuse(); }
+  std::int64_t allocated_bytes() const override { return 0; }
+  std::unique_ptr<Buffer> allocate_host(std::int64_t, std::string_view) override { refuse(); }
+  std::int64_t host_allocated_bytes() const override { return 0; }
+  void upload(std::byte*, std::span<const std::byte>) override { refuse(); }
+  void download(std::span<std::byte>, const std::byte*) override { refuse(); }
+  void clear(std::byte*, std::int64_t) override { refuse(); }
+  std::unique_ptr<Executable> compile(const Plan&, const Bindings&) override { refuse(); }
+
+ private:
+  [[noreturn]] void refuse() const {
+    throw Unsupported("this backend only plans for " + description_.name);
+  }
+};
+
+class CudaBackend final : public CardBackend {
  public:
   explicit CudaBackend(const CudaOptions& options)
       : device_(options.device),
@@ -118,25 +175,8 @@ class CudaBackend final : public Backend {
   }
 
   BackendInfo info() const override {
-    return {.name = "cuda:" + std::to_string(device_),
-            .description = description_.name + (card_.hopper ? "" : ", sm_80 kernels"),
-            .alignment = kAlignment,
-            .plane_alignment = kHostPlaneAlignment,
-            .reads_host_memory = false,
-            .memory_bytes = free_bytes_ > kReserve ? free_bytes_ - kReserve : 0,
-            .rounds_operands = true};
-  }
-
-  bool supports(const OpCall& call) const override {
-    return find_kernel(call.node->op).supports(call);
-  }
-  std::int64_t scratch_bytes(const OpCall& call) const override {
-    const Kernel& kernel = find_kernel(call.node->op);
-    return kernel.scratch_bytes == nullptr ? 0 : kernel.scratch_bytes(call, card_);
-  }
-  bool fuses(const Graph& graph, std::span<const std::int32_t> group,
-             std::int32_t next) const override {
-    return fuses_group(graph, group, next);
+    return info_of("cuda:" + std::to_string(device_),
+                   free_bytes_ > kReserve ? free_bytes_ - kReserve : 0);
   }
 
   std::unique_ptr<Buffer> allocate(std::int64_t bytes, std::string_view purpose) override {
@@ -230,9 +270,7 @@ class CudaBackend final : public Backend {
 
   int device_;
   std::int64_t limit_, host_limit_;
-  DeviceDescription description_;
   std::int64_t free_bytes_ = 0;
-  Card card_;
   cudaStream_t stream_ = nullptr, copy_in_ = nullptr, copy_out_ = nullptr;
   std::optional<Staging> staging_;
   std::optional<Blas> blas_;
@@ -290,6 +328,9 @@ double total_joules(int device) {
 }  // namespace
 
 std::unique_ptr<Backend> make_cuda_backend(const CudaOptions& options) {
+  if (options.planned_for != nullptr) {
+    return std::make_unique<PlanningBackend>(*options.planned_for, options.hopper_kernels);
+  }
   return std::make_unique<CudaBackend>(options);
 }
 

@@ -10,19 +10,22 @@
 
 namespace nibble::cuda {
 
-struct CudaOptions {
-  int device = 0;
-  std::int64_t memory_limit = 0;       // bytes that allocate() may hand out in all; 0: no limit
-  std::int64_t host_memory_limit = 0;  // the same of allocate_host()
-  bool hopper_kernels = true;          // false: those that run on sm_80 alone
-};
-
 struct DeviceDescription {
   int number = 0;
   std::string name;
   int capability = 0;  // 10 * major + minor
   int multiprocessors = 0;
   std::int64_t memory_bytes = 0, free_bytes = 0;  // free: 0 when not read or not to be had
+};
+
+struct CudaOptions {
+  int device = 0;
+  std::int64_t memory_limit = 0;       // bytes that allocate() may hand out in all; 0: no limit
+  std::int64_t host_memory_limit = 0;  // the same of allocate_host()
+  bool hopper_kernels = true;          // false: those that run on sm_80 alone
+  // Not null: a backend that only plans, for a card that need not be there. Everything that
+  // touches a device throws Unsupported.
+  const DeviceDescription* planned_for = nullptr;
 };
 
 // What the card itself counts.

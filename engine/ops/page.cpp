@@ -58,8 +58,7 @@ Sample sample_page_out(std::string_view label, Role page, Role x, Shape shape) {
 
 std::vector<Sample> samples_page_in() {
   return {sample_page_in("state", Role::state, {3 * 4096}),
-          sample_page_in("odd size", Role::cache, {3, 5}),
-          sample_page_in("weight", Role::weight, {4, 256})};
+          sample_page_in("odd size", Role::cache, {3, 5})};
 }
 std::vector<Sample> samples_page_out() {
   return {sample_page_out("state", Role::state, Role::constant, {3 * 4096}),

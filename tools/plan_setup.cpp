@@ -1,0 +1,245 @@
+// Which storage policy and how much paging a run gets, and what that costs.
+#include <algorithm>
+#include <cmath>
+#include <ostream>
+
+#include "engine/error.h"
+#include "engine/os.h"
+#include "tools/cards.h"
+#include "tools/finetune_setup.h"
+#include "tools/text.h"
+
+namespace nibble {
+namespace {
+
+constexpr int kMostSplits = 6;  // depths to try
+
+// How a step runs: what its blocks keep, and how many of the optimizer's elements are on the host.
+struct Policy {
+  StoragePolicy storage;
+  std::int64_t paged = 0;
+};
+
+enum class Plans { draft, all };
+
+// What the run may take on the device.
+std::int64_t budget(const FinetuneSetup& s) {
+  const BackendInfo info = s.backend->info();
+  if (!s.recipe.memory.empty()) return parse_size(s.recipe.memory, "--memory");
+  if (!s.recipe.card.empty()) return find_card(s.recipe.card).memory_bytes;
+  // Main memory is shared with everything else; a card's is what was free.
+  return is_cuda(info) ? info.memory_bytes : info.memory_bytes / 10 * 8;
+}
+
+void predict_speed(FinetuneSetup& s) {
+  const DeviceRates rates = device_rates(s.backend->info());
+  if (!rates.known() || s.without_adapter) return;
+  FitReport& fit = s.fit;
+  fit.step_seconds = s.trainer->estimate_step(rates, s.work.average_span, s.work.rows_per_step);
+  fit.tokens_per_s = s.work.tokens_per_step / fit.step_seconds;
+  const auto steps = static_cast<double>(s.recipe.steps);
+  fit.hours = steps * fit.step_seconds / 3600;
+  if (s.work.evaluated_rows > 0 && s.recipe.eval_every > 0) {
+    const double evaluations = 1 + std::ceil(steps / static_cast<double>(s.recipe.eval_every));
+    fit.hours += evaluations *
+                 s.trainer->estimate_evaluation(rates, s.work.average_span, s.work.evaluated_rows) /
+                 3600;
+  }
+}
+
+// Programs for one policy, and what they cost.
+void plan_policy(FinetuneSetup& s, const Policy& policy, std::int64_t sample_context, Plans plans) {
+  const Recipe& r = s.recipe;
+  TrainerOptions options;
+  options.compute = compute_dtype(r.compute);
+  options.storage = policy.storage;
+  options.paged_elements = policy.paged;
+  options.buckets = s.buckets;
+  options.evaluates = s.evaluates;
+  options.training = !s.without_adapter;
+  options.beta2 = r.beta2;
+  options.clip = r.clip;
+  options.seed = r.seed;
+  options.draft = plans == Plans::draft;
+  const Llama* llama = s.llama.get();
+  ParameterTable table = llama->parameters();
+  table.set_weight_decay(static_cast<float>(r.weight_decay));
+  s.decoder.reset();
+  s.trainer = std::make_unique<Trainer>(
+      *s.backend, std::move(table),
+      [llama](Graph& graph, const LossInputs& in) { return llama->build_loss(graph, in); },
+      options);
+  if (sample_context > 0) {
+    s.decoder = std::make_unique<Decoder>(s.trainer->runtime(), *llama, options.compute,
+                                          sample_context, s.loaded->config().vocab);
+  }
+  s.fit = s.trainer->fit();
+  s.fit.device.insert(s.fit.device.begin(), {"weights", s.loaded->weight_bytes()});
+  if (s.loaded->mapped_bytes() > 0)
+    s.fit.host.push_back({"weights mapped", s.loaded->mapped_bytes()});
+  // Free memory was read when the context was there.
+  const bool capped = !r.memory.empty() || !r.card.empty();
+  if (capped && is_cuda(s.backend->info())) s.fit.context_bytes = kContextBytes;
+  s.fit.pinned_budget_bytes = host_budget(r);
+  // A limit that nobody set matters where it is exceeded.
+  s.fit.budget_bytes = budget(s);
+  if (!capped && s.fit.total_bytes() <= s.backend->info().memory_bytes) s.fit.budget_bytes = 0;
+  predict_speed(s);
+}
+
+class Chooser {
+ public:
+  Chooser(FinetuneSetup& setup, std::int64_t sample_context)
+      : s_(setup), sample_context_(sample_context) {}
+
+  // This storage, with as much paging as it needs.
+  void run_with(const StoragePolicy& storage) {
+    Policy policy{.storage = storage};
+    plan(policy);
+    page(policy);
+    finish(policy);
+  }
+
+  // The fastest policy that fits; the leanest when none does. Either the blocks keep less, or the
+  // optimizer's arrays leave first and the blocks keep less only for what is then still too much.
+  void run() {
+    const Policy resident = search(0);
+    const bool fits = excess_ <= 0;
+    if (fits && resident.storage == StoragePolicy{}) return finish(resident);
+    if (pageable() == 0) return finish(resident);
+    const double resident_seconds = seconds();
+    Policy paged = search(pageable());
+    page(paged);
+    const bool paged_fits = excess_ <= 0;
+    finish(fits && (!paged_fits || resident_seconds <= seconds()) ? resident : paged);
+  }
+
+ private:
+  void plan(const Policy& policy) {
+    plan_policy(s_, policy, sample_context_, Plans::draft);
+    excess_ = s_.fit.total_bytes() + s_.fit.context_bytes - budget(s_);
+  }
+  std::int64_t pageable() const {
+    if (s_.without_adapter) return 0;
+    return std::min(s_.trainer->parameters().elements() * s_.trainer->pageable_bytes_per_element(),
+                    s_.fit.pinned_budget_bytes);
+  }
+  // Pages what the plan just made is too large by. The pages take room in the arena as well, so
+  // that what was saved is looked at again.
+  void page(Policy& policy) {
+    const std::int64_t each = s_.trainer->pageable_bytes_per_element();
+    for (int tries = 0; tries < 3 && excess_ > 0 && policy.paged * each < pageable(); ++tries) {
+      const std::int64_t more = round_up((excess_ + each - 1) / each, kParameterBlock);
+      policy.paged = std::min(policy.paged + more, pageable() / each);
+      plan(policy);
+    }
+  }
+  // Plain numbers serve where the device is not known: only their order matters.
+  double seconds() const {
+    if (s_.fit.step_seconds > 0) return s_.fit.step_seconds;
+    const DeviceRates nominal{.flops = 1e14, .bytes = 1e12, .copy_bytes = 2e10, .launch = 3e-6};
+    return s_.trainer->estimate_step(nominal, s_.work.average_span, s_.work.rows_per_step);
+  }
+  void finish(const Policy& policy) { plan_policy(s_, policy, sample_context_, Plans::all); }
+
+  // The fastest storage that fits with `room` bytes more than there are: the rungs from the fastest
+  // to the leanest, and between the last that does not fit and the first that does as few lean
+  // blocks as possible. Bytes are all but linear in their number, so that a few plans find it.
+  Policy search(std::int64_t room) {
+    const auto too_many = [&](const StoragePolicy& storage) {
+      plan({.storage = storage});
+      return excess_ - room;
+    };
+    Policy found;
+    std::int64_t over = too_many(found.storage);
+    for (const auto& [fast, lean] :
+         {std::pair{Rung::store, Rung::cheap}, {Rung::cheap, Rung::block}}) {
+      if (over <= 0) break;
+      found.storage = {.rung = lean};
+      std::int64_t over_lean = too_many(found.storage);
+      if (over_lean > 0) {
+        over = over_lean;
+        continue;
+      }
+      const std::int64_t layers = s_.loaded->config().layers;
+      std::int64_t too_few = 0, enough = layers, planned = layers;
+      for (int tries = 0; tries < kMostSplits && enough - too_few > 1; ++tries) {
+        const double share = static_cast<double>(over) / static_cast<double>(over - over_lean);
+        const auto guess = too_few + static_cast<std::int64_t>(
+                                         std::ceil(share * static_cast<double>(enough - too_few)));
+        planned = std::clamp(guess, too_few + 1, enough - 1);
+        const std::int64_t now = too_many({.rung = fast, .lean = lean, .split = planned});
+        (now > 0 ? too_few : enough) = planned;
+        (now > 0 ? over : over_lean) = now;
+      }
+      if (enough < layers) found.storage = {.rung = fast, .lean = lean, .split = enough};
+      if (planned != enough) too_many(found.storage);
+      break;
+    }
+    return found;
+  }
+
+  FinetuneSetup& s_;
+  std::int64_t sample_context_;
+  std::int64_t excess_ = 0;  // bytes too many, of the last plan
+};
+
+}  // namespace
+
+std::int64_t host_budget(const Recipe& recipe) {
+  if (!recipe.host_memory.empty()) return parse_size(recipe.host_memory, "--host-memory");
+  return os::memory_bytes() / 10 * 6;
+}
+
+void plan_model(FinetuneSetup& s, std::int64_t sample_context) {
+  Recipe& r = s.recipe;
+  std::optional<LoraSpec> lora;
+  if (r.method != "full" && !s.without_adapter)
+    lora = LoraSpec{r.rank, r.alpha, r.dropout, r.targets};
+  s.llama =
+      std::make_unique<Llama>(s.loaded->config(), s.loaded->types(), lora, r.method == "full");
+  Chooser chooser(s, sample_context);
+  if (r.storage != "auto") {
+    const std::optional<StoragePolicy> storage = StoragePolicy::parse(r.storage);
+    if (!storage || storage->split > s.loaded->config().layers) {
+      throw Error("--storage " + r.storage +
+                  ": write auto, store, cheap or block, or cheap:N+store, " +
+                  "block:N+cheap or block:N+store for the first N of the " +
+                  std::to_string(s.loaded->config().layers) + " blocks");
+    }
+    chooser.run_with(*storage);
+    return;
+  }
+  chooser.run();
+  r.storage = s.fit.storage;
+}
+
+void print_fit(const FitReport& fit, std::ostream& out) {
+  out << "memory     " << size_text(fit.total_bytes()) << " allocated:";
+  for (const FitReport::Line& line : fit.device) {
+    if (line.bytes > 0) out << " " << line.name << " " << size_text(line.bytes) << ",";
+  }
+  out << " storage " << fit.storage << "\n";
+  for (const FitReport::Line& line : fit.pinned) {
+    out << "           " << line.name << " " << size_text(line.bytes)
+        << " page-locked on the host, of " << size_text(fit.pinned_budget_bytes) << "\n";
+  }
+  for (const FitReport::Line& line : fit.host) {
+    out << "           " << line.name << " " << size_text(line.bytes) << " (not allocated)\n";
+  }
+  if (fit.budget_bytes > 0) {
+    out << "           of " << size_text(fit.budget_bytes);
+    if (fit.context_bytes > 0)
+      out << " with " << size_text(fit.context_bytes) << " for the device's context";
+    const std::int64_t excess = fit.excess_bytes();
+    out << ": "
+        << (excess <= 0 ? "fits, " + size_text(-excess) + " to spare\n"
+                        : "does not fit, " + size_text(excess) + " too much\n");
+  }
+  if (fit.tokens_per_s > 0) {
+    out << format("speed      %.0f tokens/s and %.3g hours predicted\n", fit.tokens_per_s,
+                  fit.hours);
+  }
+}
+
+}  // namespace nibble
