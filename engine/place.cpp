@@ -13,19 +13,53 @@ struct Block {
   std::int32_t first, last;
 };
 
+// Blocks that have been placed, by address. Most lifetimes are short: they are looked up among the
+// blocks of their stretch of the program, and only those that cross stretches among all.
+class Placed {
+ public:
+  explicit Placed(std::int32_t steps) : steps_(steps), stretches_(kStretches) {}
+
+  // Those that may be alive together with a block of these steps.
+  const std::vector<Block>& near(std::int32_t first, std::int32_t last) const {
+    return stretch(first) == stretch(last) ? stretches_[stretch(first)] : all_;
+  }
+  void insert(const Block& block) {
+    insert(all_, block);
+    for (std::size_t i = stretch(block.first); i <= stretch(block.last); ++i) {
+      insert(stretches_[i], block);
+    }
+  }
+
+ private:
+  static constexpr std::size_t kStretches = 64;
+  std::size_t stretch(std::int32_t step) const {
+    return static_cast<std::size_t>(step) * kStretches / static_cast<std::size_t>(steps_);
+  }
+  static void insert(std::vector<Block>& blocks, const Block& block) {
+    blocks.insert(
+        std::upper_bound(blocks.begin(), blocks.end(), block,
+                         [](const Block& a, const Block& b) { return a.begin < b.begin; }),
+        block);
+  }
+  std::int32_t steps_;
+  std::vector<Block> all_;
+  std::vector<std::vector<Block>> stretches_;
+};
+
 // Places in the given order, each at the smallest gap that fits among the blocks alive at the same
-// time. `placed` stays sorted by address. Returns the bytes of the whole arena.
+// time. Returns the bytes of the whole arena.
 std::int64_t place_in_order(std::span<const Lifetime> lifetimes,
                             std::span<const std::int32_t> order, std::int64_t alignment,
                             std::vector<std::int64_t>& offsets) {
-  std::vector<Block> placed;
-  placed.reserve(lifetimes.size());
+  std::int32_t steps = 1;
+  for (const Lifetime& life : lifetimes) steps = std::max(steps, life.last + 1);
+  Placed placed(steps);
   std::int64_t peak = 0;
   for (const std::int32_t id : order) {
     const Lifetime& life = lifetimes[static_cast<std::size_t>(id)];
     const std::int64_t bytes = round_up(life.bytes, alignment);
     std::int64_t end = 0, best = -1, best_gap = 0;
-    for (const Block& b : placed) {
+    for (const Block& b : placed.near(life.first, life.last)) {
       if (b.last < life.first || life.last < b.first) continue;
       const std::int64_t gap = b.begin - end;
       if (gap >= bytes && (best < 0 || gap < best_gap)) {
@@ -38,11 +72,7 @@ std::int64_t place_in_order(std::span<const Lifetime> lifetimes,
     const std::int64_t offset = best >= 0 ? best : end;
     peak = std::max(peak, offset + bytes);
     offsets[static_cast<std::size_t>(id)] = offset;
-    const Block block{offset, offset + bytes, life.first, life.last};
-    placed.insert(
-        std::upper_bound(placed.begin(), placed.end(), block,
-                         [](const Block& a, const Block& b) { return a.begin < b.begin; }),
-        block);
+    placed.insert({offset, offset + bytes, life.first, life.last});
   }
   return peak;
 }
@@ -93,6 +123,11 @@ std::vector<std::int32_t> order_by(Key key, std::span<const Lifetime> lifetimes)
 constexpr int kRounds = 16;
 
 }  // namespace
+
+Placement bound_placement(std::span<const Lifetime> lifetimes, std::int64_t alignment) {
+  const std::int64_t bound = maximum_live(lifetimes, alignment);
+  return {std::vector<std::int64_t>(lifetimes.size()), bound, bound};
+}
 
 Placement place(std::span<const Lifetime> lifetimes, std::int64_t alignment) {
   Placement best;

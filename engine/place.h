@@ -25,6 +25,9 @@ struct Placement {
   std::int64_t lower_bound = 0;       // maximum live bytes, each lifetime rounded to the alignment
 };
 
+// The lower bound as if it were a placement: all offsets are 0.
+Placement bound_placement(std::span<const Lifetime> lifetimes, std::int64_t alignment);
+
 Placement place(std::span<const Lifetime> lifetimes, std::int64_t alignment);
 
 }  // namespace nibble

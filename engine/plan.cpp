@@ -11,8 +11,8 @@ std::size_t index(std::int32_t i) { return static_cast<std::size_t>(i); }
 
 class Planner {
  public:
-  Planner(const Graph& graph, const Backend& backend)
-      : graph_(graph), backend_(backend), alignment_(backend.info().alignment) {}
+  Planner(const Graph& graph, const Backend& backend, Layout layout)
+      : graph_(graph), backend_(backend), layout_(layout), alignment_(backend.info().alignment) {}
 
   Plan run() {
     graph_.check();
@@ -151,7 +151,8 @@ class Planner {
       life.first = group_first_[index(life.first)];
       life.last = group_last_[index(life.last)];
     }
-    const Placement placement = place(lifetimes_, alignment_);
+    const Placement placement = layout_ == Layout::search ? place(lifetimes_, alignment_)
+                                                          : bound_placement(lifetimes_, alignment_);
     plan_.arena_bytes = placement.bytes;
     plan_.lower_bound_bytes = placement.lower_bound;
     for (const Lifetime& life : lifetimes_)
@@ -180,6 +181,7 @@ class Planner {
 
   const Graph& graph_;
   const Backend& backend_;
+  Layout layout_;
   std::int64_t alignment_;
   Plan plan_;
   std::vector<PerOutput> last_read_, storage_;
@@ -190,6 +192,8 @@ class Planner {
 
 }  // namespace
 
-Plan make_plan(const Graph& graph, const Backend& backend) { return Planner(graph, backend).run(); }
+Plan make_plan(const Graph& graph, const Backend& backend, Layout layout) {
+  return Planner(graph, backend, layout).run();
+}
 
 }  // namespace nibble

@@ -34,8 +34,12 @@ struct Plan {
   }
 };
 
+// How the arena is laid out: by a search, or not at all; then arena_bytes is the lower bound, which
+// the search meets on training graphs, and the plan cannot be run.
+enum class Layout : std::uint8_t { search, bound };
+
 // Plans `graph` for `backend`. Nodes that neither update a state nor lead to a kept value are left
 // out. Throws Unsupported naming op, dtypes and backend when a kernel is missing.
-Plan make_plan(const Graph& graph, const Backend& backend);
+Plan make_plan(const Graph& graph, const Backend& backend, Layout layout = Layout::search);
 
 }  // namespace nibble

@@ -11,7 +11,7 @@ namespace nibble {
 
 int Runtime::add(std::unique_ptr<Graph> graph) {
   Program program;
-  program.plan = make_plan(*graph, backend_);
+  program.plan = make_plan(*graph, backend_, layout_);
   for (std::int32_t id = 0; id < graph->size(); ++id) {
     const Node& n = graph->node(id);
     if (n.kind == NodeKind::op) continue;
@@ -48,6 +48,7 @@ std::int64_t Runtime::arena_bytes() const {
 }
 
 void Runtime::allocate() {
+  if (layout_ != Layout::search) throw Error("a draft has no layout to allocate");
   arena_ = backend_.allocate(arena_bytes(), "arena");
   inputs_ = backend_.allocate(input_bytes(), "inputs");
   states_ = backend_.allocate(state_bytes(), "states");

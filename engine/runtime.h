@@ -19,7 +19,9 @@ namespace nibble {
 
 class Runtime {
  public:
-  explicit Runtime(Backend& backend) : backend_(backend) {}
+  // With Layout::bound the sizes are predictions, and allocate() throws.
+  explicit Runtime(Backend& backend, Layout layout = Layout::search)
+      : backend_(backend), layout_(layout) {}
 
   // Plans the graph and returns the program's number.
   int add(std::unique_ptr<Graph> graph);
@@ -75,6 +77,7 @@ class Runtime {
   const Leaf& leaf(std::string_view name, std::size_t bytes) const;
 
   Backend& backend_;
+  Layout layout_;
   std::vector<Program> programs_;
   std::map<std::string, Leaf, std::less<>> leaves_;
   std::map<std::string, std::byte*, std::less<>> bound_;

@@ -45,7 +45,7 @@ Trainer::Trainer(Backend& backend, ParameterTable parameters, BuildLoss build_lo
       parameters_(std::move(parameters)),
       build_loss_(std::move(build_loss)),
       options_(options),
-      runtime_(backend) {
+      runtime_(backend, options.draft ? Layout::bound : Layout::search) {
   for (const std::int64_t rows : options_.buckets) {
     if (options_.draft && rows != options_.buckets.back()) continue;
     for (const std::int64_t share : kLossShares) {

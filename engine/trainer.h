@@ -55,8 +55,8 @@ struct TrainerOptions {
   // rounded up to whole blocks. apply() brings them through the arena, which is idle then. The
   // arrays are the moments and, where parameters are used as rounded copies, the masters.
   std::int64_t paged_elements = 0;
-  // Plans the largest bucket alone, all of whose rows have labels: what the memory is sized by, for
-  // choosing among policies. Such a trainer is not for training.
+  // Plans the largest bucket alone, all of whose rows have labels, without laying out the arena:
+  // enough for choosing among policies. Such a trainer cannot be allocated.
   bool draft = false;
 };
 

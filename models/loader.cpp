@@ -39,7 +39,11 @@ bool LoadedModel::is_converted(const Checkpoint::Tensor& tensor) const {
 
 LoadedModel::LoadedModel(std::unique_ptr<Checkpoint> checkpoint, const BackendInfo& backend,
                          const LoadOptions& options)
-    : checkpoint_(std::move(checkpoint)), options_(options), config_(checkpoint_->config()) {
+    : checkpoint_(std::move(checkpoint)),
+      options_(options),
+      config_(checkpoint_->config()),
+      alignment_(backend.alignment),
+      reads_host_memory_(backend.reads_host_memory) {
   // Rows of q and k take the order of converted weights (half) when all of them are converted;
   // otherwise the stored bytes decide.
   bool all_rotated_converted = true;
@@ -54,7 +58,7 @@ LoadedModel::LoadedModel(std::unique_ptr<Checkpoint> checkpoint, const BackendIn
                         "; --method full trains unquantized models only: convert it with "
                         "gguf-convert --type bf16, or use --method qlora");
     }
-    Weight weight{&t, t.type, false, 0};
+    Weight weight{.source = &t, .type = t.type, .mapped = false};
     if (is_converted(t)) {
       weight.type = converted_type(*checkpoint_, t, convert_options(options_));
       if (is_quantized(weight.type.dtype)) ++converted_;
@@ -65,17 +69,36 @@ LoadedModel::LoadedModel(std::unique_ptr<Checkpoint> checkpoint, const BackendIn
         has_rope_rows(t.name) && config_.rope_style != checkpoint_->config().rope_style;
     weight.mapped = backend.reads_host_memory && weight.type == t.type && !reordered &&
                     !checkpoint_->mapped(t).empty();
-    if (weight.mapped) {
-      mapped_bytes_ += bytes(t.type);
-    } else {
-      weight.offset = weight_bytes_;
-      weight_bytes_ += round_up(bytes(weight.type), backend.alignment);
-    }
+    if (weight.mapped) mapped_bytes_ += bytes(t.type);
     weights_.push_back(weight);
+  }
+  lay_out();
+}
+
+void LoadedModel::lay_out() {
+  weight_bytes_ = pinned_bytes_ = 0;
+  for (Weight& w : weights_) {
+    if (w.mapped) continue;
+    w.offset = w.on_host ? 0 : weight_bytes_;
+    (w.on_host ? pinned_bytes_ : weight_bytes_) += round_up(bytes(w.type), alignment_);
   }
   frequencies_offset_ = weight_bytes_;
   const std::int64_t element = options_.compute == DType::F64 ? 8 : 4;
-  weight_bytes_ += round_up(element * config_.head_dim / 2, backend.alignment);
+  weight_bytes_ += round_up(element * config_.head_dim / 2, alignment_);
+}
+
+void LoadedModel::set_embedding_on_host(bool on_host) {
+  if (reads_host_memory_ || config_.tied_embeddings) return;
+  for (Weight& w : weights_) {
+    if (w.source->name == "token_embd.weight") w.on_host = on_host;
+  }
+  lay_out();
+}
+
+std::byte* LoadedModel::address(const Weight& w) const {
+  // Weights are never written through their address: the graph has no op that could.
+  if (w.mapped) return const_cast<std::byte*>(checkpoint_->mapped(*w.source).data());
+  return w.on_host ? embedding_->data() : buffer_->data() + w.offset;
 }
 
 // Tensors are independent of each other: threads take them one by one, so at most `threads` are
@@ -97,11 +120,11 @@ void LoadedModel::read(Backend& backend, const Progress& progress) const {
         host.resize(static_cast<std::size_t>(bytes(w.type)));
         convert_tensor(*checkpoint_, *w.source, w.type, config_.rope_style, host);
         const std::lock_guard lock(mutex);
-        backend.upload(buffer_->data() + w.offset, host);
+        backend.upload(address(w), host);
         for (const Weight& other : weights_) {
           if (in_block.empty() || &other == &w) continue;
           if (block_part(other.source->name) != in_block || !(other.type == w.type)) continue;
-          backend.upload(buffer_->data() + other.offset, host);
+          backend.upload(address(other), host);
           done += bytes(other.type);
         }
         checkpoint_->forget(*w.source);
@@ -124,16 +147,12 @@ void LoadedModel::read(Backend& backend, const Progress& progress) const {
 void LoadedModel::reserve(Runtime& runtime, const Llama& model) {
   Backend& backend = runtime.backend();
   buffer_ = backend.allocate(weight_bytes_, "weights");
+  if (pinned_bytes_ > 0) embedding_ = backend.allocate_host(pinned_bytes_, "input embedding");
   const DType stat = options_.compute == DType::F64 ? DType::F64 : DType::F32;
   backend.upload(buffer_->data() + frequencies_offset_,
                  encode({stat, {config_.head_dim / 2}, {}}, model.rope_frequencies()));
   runtime.bind("rope_frequencies", buffer_->data() + frequencies_offset_);
-  for (const Weight& w : weights_) {
-    // Weights are never written through their address: the graph has no op that could.
-    std::byte* address = w.mapped ? const_cast<std::byte*>(checkpoint_->mapped(*w.source).data())
-                                  : buffer_->data() + w.offset;
-    runtime.bind(w.source->name, address);
-  }
+  for (const Weight& w : weights_) runtime.bind(w.source->name, address(w));
 }
 
 void LoadedModel::load_parameters(Trainer& trainer, const Progress& progress) const {

@@ -47,7 +47,12 @@ class LoadedModel {
   const Checkpoint& checkpoint() const { return *checkpoint_; }
   const ModelConfig& config() const { return config_; }  // with the row order used in memory
   const std::map<std::string, TensorType>& types() const { return types_; }
-  std::int64_t weight_bytes() const { return weight_bytes_; }  // load() allocates exactly these
+  // Keeps the embedding table in page-locked host memory, where kernels read the rows they need. No
+  // effect where it would not help: on a backend that reads host memory, where the table is the
+  // output matrix too, and where it is trained. Only before reserve().
+  void set_embedding_on_host(bool on_host);
+  std::int64_t weight_bytes() const { return weight_bytes_; }  // reserve() allocates exactly these
+  std::int64_t pinned_bytes() const { return pinned_bytes_; }  // and these on the host
   std::int64_t mapped_bytes() const { return mapped_bytes_; }  // used from the file
   std::int64_t converted() const { return converted_; }        // tensors quantized while loading
 
@@ -64,8 +69,11 @@ class LoadedModel {
     const Checkpoint::Tensor* source;
     TensorType type;
     bool mapped;
-    std::int64_t offset;  // in buffer_, unless mapped
+    bool on_host = false;     // in embedding_
+    std::int64_t offset = 0;  // in buffer_, unless mapped or on the host
   };
+  void lay_out();
+  std::byte* address(const Weight& weight) const;
   bool is_converted(const Checkpoint::Tensor& tensor) const;
 
   std::unique_ptr<Checkpoint> checkpoint_;
@@ -73,9 +81,11 @@ class LoadedModel {
   ModelConfig config_;
   std::map<std::string, TensorType> types_;
   std::vector<Weight> weights_;
-  std::int64_t weight_bytes_ = 0, mapped_bytes_ = 0, converted_ = 0;
+  std::int64_t alignment_;
+  bool reads_host_memory_;
+  std::int64_t weight_bytes_ = 0, pinned_bytes_ = 0, mapped_bytes_ = 0, converted_ = 0;
   std::int64_t frequencies_offset_ = 0;
-  std::unique_ptr<Buffer> buffer_;
+  std::unique_ptr<Buffer> buffer_, embedding_;
 };
 
 }  // namespace nibble

@@ -1,6 +1,7 @@
 // Which storage policy and how much paging a run gets, and what that costs.
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <ostream>
 
 #include "engine/error.h"
@@ -18,6 +19,7 @@ constexpr int kMostSplits = 6;  // depths to try
 struct Policy {
   StoragePolicy storage;
   std::int64_t paged = 0;
+  bool embedding_on_host = false;
 };
 
 enum class Plans { draft, all };
@@ -73,8 +75,11 @@ void plan_policy(FinetuneSetup& s, const Policy& policy, std::int64_t sample_con
     s.decoder = std::make_unique<Decoder>(s.trainer->runtime(), *llama, options.compute,
                                           sample_context, s.loaded->config().vocab);
   }
+  s.loaded->set_embedding_on_host(policy.embedding_on_host);
   s.fit = s.trainer->fit();
   s.fit.device.insert(s.fit.device.begin(), {"weights", s.loaded->weight_bytes()});
+  if (s.loaded->pinned_bytes() > 0)
+    s.fit.pinned.push_back({"input embedding", s.loaded->pinned_bytes()});
   if (s.loaded->mapped_bytes() > 0)
     s.fit.host.push_back({"weights mapped", s.loaded->mapped_bytes()});
   // Free memory was read when the context was there.
@@ -92,37 +97,59 @@ class Chooser {
   Chooser(FinetuneSetup& setup, std::int64_t sample_context)
       : s_(setup), sample_context_(sample_context) {}
 
-  // This storage, with as much paging as it needs.
-  void run_with(const StoragePolicy& storage) {
-    Policy policy{.storage = storage};
-    plan(policy);
-    page(policy);
-    finish(policy);
-  }
-
-  // The fastest policy that fits; the leanest when none does. Either the blocks keep less, or the
-  // optimizer's arrays leave first and the blocks keep less only for what is then still too much.
-  void run() {
-    const Policy resident = search(0);
-    const bool fits = excess_ <= 0;
-    if (fits && resident.storage == StoragePolicy{}) return finish(resident);
-    if (pageable() == 0) return finish(resident);
-    const double resident_seconds = seconds();
-    Policy paged = search(pageable());
-    page(paged);
-    const bool paged_fits = excess_ <= 0;
-    finish(fits && (!paged_fits || resident_seconds <= seconds()) ? resident : paged);
+  // Drafts decide; where the real layout then needs more than a draft's, it is decided again.
+  void run(const std::optional<StoragePolicy>& forced) {
+    for (int tries = 0; tries < 3; ++tries) {
+      const Policy policy = forced ? with_storage(*forced) : fastest();
+      const bool draft_fits = excess_ <= 0;
+      plan_policy(s_, policy, sample_context_, Plans::all);
+      const std::int64_t excess = s_.fit.total_bytes() + s_.fit.context_bytes - budget(s_);
+      if (!draft_fits || excess <= 0) return;
+      margin_ += excess;
+    }
   }
 
  private:
+  // This storage, with as much paging as it needs.
+  Policy with_storage(const StoragePolicy& storage) {
+    Policy policy{.storage = storage};
+    plan(policy);
+    policy.embedding_on_host = excess_ > 0;
+    if (policy.embedding_on_host) plan(policy);
+    page(policy);
+    return policy;
+  }
+
+  // The fastest policy that fits; the leanest when none does. Where everything cannot stay, the
+  // embedding table leaves first, of which a step reads a few rows. Then either the blocks keep
+  // less, or the optimizer's arrays leave first and the blocks keep less only for what is then
+  // still too much.
+  Policy fastest() {
+    embedding_on_host_ = false;
+    plan({});
+    if (excess_ <= 0) return {};
+    embedding_on_host_ = true;
+    const Policy resident = search(0);
+    const std::int64_t resident_excess = excess_;
+    if ((resident_excess <= 0 && resident.storage == StoragePolicy{}) || pageable() == 0) {
+      return resident;
+    }
+    const double resident_seconds = seconds();
+    Policy paged = search(pageable());
+    page(paged);
+    if (resident_excess > 0 || (excess_ <= 0 && seconds() < resident_seconds)) return paged;
+    excess_ = resident_excess;
+    return resident;
+  }
+
   void plan(const Policy& policy) {
     plan_policy(s_, policy, sample_context_, Plans::draft);
-    excess_ = s_.fit.total_bytes() + s_.fit.context_bytes - budget(s_);
+    excess_ = s_.fit.total_bytes() + s_.fit.context_bytes + margin_ - budget(s_);
   }
   std::int64_t pageable() const {
     if (s_.without_adapter) return 0;
     return std::min(s_.trainer->parameters().elements() * s_.trainer->pageable_bytes_per_element(),
-                    s_.fit.pinned_budget_bytes);
+                    s_.fit.pinned_budget_bytes - s_.loaded->pinned_bytes());
   }
   // Pages what the plan just made is too large by. The pages take room in the arena as well, so
   // that what was saved is looked at again.
@@ -140,17 +167,16 @@ class Chooser {
     const DeviceRates nominal{.flops = 1e14, .bytes = 1e12, .copy_bytes = 2e10, .launch = 3e-6};
     return s_.trainer->estimate_step(nominal, s_.work.average_span, s_.work.rows_per_step);
   }
-  void finish(const Policy& policy) { plan_policy(s_, policy, sample_context_, Plans::all); }
-
   // The fastest storage that fits with `room` bytes more than there are: the rungs from the fastest
   // to the leanest, and between the last that does not fit and the first that does as few lean
   // blocks as possible. Bytes are all but linear in their number, so that a few plans find it.
   Policy search(std::int64_t room) {
     const auto too_many = [&](const StoragePolicy& storage) {
-      plan({.storage = storage});
+      plan({.storage = storage, .embedding_on_host = embedding_on_host_});
       return excess_ - room;
     };
     Policy found;
+    found.embedding_on_host = embedding_on_host_;
     std::int64_t over = too_many(found.storage);
     for (const auto& [fast, lean] :
          {std::pair{Rung::store, Rung::cheap}, {Rung::cheap, Rung::block}}) {
@@ -182,6 +208,8 @@ class Chooser {
   FinetuneSetup& s_;
   std::int64_t sample_context_;
   std::int64_t excess_ = 0;  // bytes too many, of the last plan
+  std::int64_t margin_ = 0;  // what drafts came out too small by
+  bool embedding_on_host_ = false;
 };
 
 }  // namespace
@@ -198,19 +226,17 @@ void plan_model(FinetuneSetup& s, std::int64_t sample_context) {
     lora = LoraSpec{r.rank, r.alpha, r.dropout, r.targets};
   s.llama =
       std::make_unique<Llama>(s.loaded->config(), s.loaded->types(), lora, r.method == "full");
-  Chooser chooser(s, sample_context);
+  std::optional<StoragePolicy> forced;
   if (r.storage != "auto") {
-    const std::optional<StoragePolicy> storage = StoragePolicy::parse(r.storage);
-    if (!storage || storage->split > s.loaded->config().layers) {
+    forced = StoragePolicy::parse(r.storage);
+    if (!forced || forced->split > s.loaded->config().layers) {
       throw Error("--storage " + r.storage +
                   ": write auto, store, cheap or block, or cheap:N+store, " +
                   "block:N+cheap or block:N+store for the first N of the " +
                   std::to_string(s.loaded->config().layers) + " blocks");
     }
-    chooser.run_with(*storage);
-    return;
   }
-  chooser.run();
+  Chooser(s, sample_context).run(forced);
   r.storage = s.fit.storage;
 }
 
