@@ -19,7 +19,9 @@ class Walker final : public VjpArgs {
         grads_(index(forward_)),
         clones_(index(forward_), -1),
         boundary_(index(forward_)),
-        accumulators_(index(forward_)) {
+        accumulators_(index(forward_)),
+        waiting_(graph.offloaded().size()),
+        brought_(waiting_) {
     find_boundary();
   }
 
@@ -33,6 +35,7 @@ class Walker final : public VjpArgs {
   }
 
   Backward walk() {
+    bring_in(graph_.offloaded().size());
     for (current_ = forward_ - 1; current_ >= 0; --current_) {
       const Node& n = graph_.node(current_);
       if (n.kind != NodeKind::op || !n.needs_grad || !has_gradient(current_)) continue;
@@ -120,9 +123,30 @@ class Walker final : public VjpArgs {
     return false;
   }
 
+  // Offloaded values come back in reverse order. When one is read, the one before it starts to
+  // come.
+  void bring_in(std::size_t end) {
+    if (end == 0 || end > waiting_) return;
+    while (waiting_ >= end) {
+      const Graph::Offloaded& o = graph_.offloaded()[--waiting_];
+      brought_[waiting_] = page_in(graph_.tensor(o.page));
+    }
+  }
+  Tensor offloaded(Ref ref) {
+    const std::span<const Graph::Offloaded> all = graph_.offloaded();
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      if (!(all[i].value == ref)) continue;
+      bring_in(i + 1);
+      bring_in(i);
+      return brought_[i];
+    }
+    return {};
+  }
+
   // The value to read in the backward pass. Clones read what a clone should: dropped inputs are
   // recomputed in turn.
   Tensor value(Ref ref) {
+    if (const Tensor brought = offloaded(ref)) return brought;
     if (!dropped(ref)) return graph_.tensor(ref);
     std::int32_t& clone = clones_[index(ref.node)];
     if (clone < 0) {
@@ -183,6 +207,8 @@ class Walker final : public VjpArgs {
   std::vector<std::int32_t> clones_;
   std::vector<std::array<bool, Node::kMaxOutputs>> boundary_;
   std::vector<Accumulator> accumulators_;
+  std::size_t waiting_;          // offloaded values that have not come back
+  std::vector<Tensor> brought_;  // the others
   std::int32_t recomputed_ = 0;
 };
 

@@ -4,6 +4,7 @@
 
 #include "engine/error.h"
 #include "engine/op.h"
+#include "engine/ops.h"
 
 namespace nibble {
 
@@ -47,6 +48,15 @@ Tensor Graph::parameter(std::string_view name, const TensorType& type) {
 }
 Tensor Graph::state(std::string_view name, const TensorType& type) {
   return leaf(NodeKind::state, name, type);
+}
+
+Tensor Graph::page(std::string_view name, const TensorType& type) {
+  return leaf(NodeKind::page, name, type);
+}
+
+void Graph::offload(Tensor x, std::string_view name) {
+  const Tensor stored = page_out(page(name, x.type()), x);
+  offloaded_.push_back({{x.node, x.output}, {stored.node, stored.output}});
 }
 
 Tensor Graph::find(std::string_view name) const {
@@ -176,7 +186,7 @@ std::string Graph::str() const {
       }
       text += ")";
     } else {
-      constexpr std::array<const char*, 4> kinds = {"input", "weight", "parameter", "state"};
+      constexpr std::array kinds = {"input", "weight", "parameter", "state", "page"};
       text += std::string(kinds[static_cast<std::size_t>(n.kind)]) + " \"" + name(id) + "\"";
     }
     for (int i = 0; i < n.n_outputs; ++i) {

@@ -43,12 +43,13 @@ struct Tensor {
   DType dtype() const { return type().dtype; }
 };
 
-// What a node is. The first four are leaves: memory bound by name from outside.
+// What a node is. All but the last are leaves: memory bound by name from outside.
 enum class NodeKind : std::uint8_t {
   input,      // written by the host before a run
   weight,     // frozen, any storage type
   parameter,  // trainable; read by ops, written only by the optimizer's program
   state,      // persistent and mutable
+  page,       // the same in host memory, for page_in and page_out alone
   op,
 };
 
@@ -112,6 +113,7 @@ class Graph {
   Tensor weight(std::string_view name, const TensorType& type);
   Tensor parameter(std::string_view name, const TensorType& type);
   Tensor state(std::string_view name, const TensorType& type);
+  Tensor page(std::string_view name, const TensorType& type);
   Tensor find(std::string_view name) const;  // an empty Tensor when there is none
 
   // Appends an op: checks the inputs with its infer rule and returns output 0. Throws ShapeError.
@@ -138,6 +140,14 @@ class Graph {
   // Nodes appended between begin and end belong to one recompute segment. Segments do not nest.
   void begin_segment(Rung rung);
   void end_segment();
+
+  // Copies x to the page `name`: the backward pass reads it from there, brought in shortly before,
+  // so that x itself need not be kept.
+  void offload(Tensor x, std::string_view name);
+  struct Offloaded {
+    Ref value, page;  // the page's version that holds the value
+  };
+  std::span<const Offloaded> offloaded() const { return offloaded_; }
 
   // Makes append_backward compute the gradient of an input leaf. Call before the leaf is used.
   void require_grad(Tensor leaf);
@@ -168,6 +178,7 @@ class Graph {
   std::vector<std::string> names_;
   std::vector<std::int32_t> leaves_;  // node ids, in order
   std::vector<Ref> kept_;
+  std::vector<Offloaded> offloaded_;
   std::int32_t open_segment_ = -1;
 };
 

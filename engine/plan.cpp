@@ -77,7 +77,8 @@ class Planner {
   bool updates_state(std::int32_t id) const {
     const Node& n = graph_.node(id);
     if (updated_input(op_def(n.op)) < 0) return false;
-    return graph_.node(state_root(graph_, {id, 0}).node).kind == NodeKind::state;
+    const NodeKind kind = graph_.node(state_root(graph_, {id, 0}).node).kind;
+    return kind == NodeKind::state || kind == NodeKind::page;
   }
 
   void find_last_reads() {

@@ -40,6 +40,7 @@ std::int64_t Runtime::unbound_bytes(NodeKind kind) const {
 
 std::int64_t Runtime::input_bytes() const { return unbound_bytes(NodeKind::input); }
 std::int64_t Runtime::state_bytes() const { return unbound_bytes(NodeKind::state); }
+std::int64_t Runtime::page_bytes() const { return unbound_bytes(NodeKind::page); }
 
 std::int64_t Runtime::arena_bytes() const {
   std::int64_t most = 0;
@@ -54,20 +55,22 @@ void Runtime::allocate() {
   states_ = backend_.allocate(state_bytes(), "states");
   backend_.clear(inputs_->data(), inputs_->size());
   backend_.clear(states_->data(), states_->size());
-  std::byte* next_input = inputs_->data();
-  std::byte* next_state = states_->data();
+  if (page_bytes() > 0) pages_ = backend_.allocate_host(page_bytes(), "pages");
+  std::map<NodeKind, std::byte*> next = {{NodeKind::input, inputs_->data()},
+                                         {NodeKind::state, states_->data()},
+                                         {NodeKind::page, pages_ ? pages_->data() : nullptr}};
   for (auto& [name, leaf] : leaves_) {
     if (const auto found = bound_.find(name); found != bound_.end() && found->second != nullptr) {
       leaf.address = found->second;
       leaf.bound = true;
       continue;
     }
-    if (bound_.contains(name) || (leaf.kind != NodeKind::input && leaf.kind != NodeKind::state)) {
+    if (bound_.contains(name) || !next.contains(leaf.kind)) {
       throw Error("\"" + name + "\" is read by the program but has no memory bound to it");
     }
-    std::byte*& next = leaf.kind == NodeKind::input ? next_input : next_state;
-    leaf.address = next;
-    next += round_up(leaf.bytes, backend_.info().alignment);
+    std::byte*& address = next[leaf.kind];
+    leaf.address = address;
+    address += round_up(leaf.bytes, backend_.info().alignment);
   }
   for (Program& p : programs_) {
     Bindings bindings;
@@ -218,7 +221,7 @@ std::vector<std::vector<double>> eval(Backend& backend, Graph& graph,
     const auto feed = feeds.find(graph.name(id));
     if (feed != feeds.end()) {
       backend.upload(buffers.back()->data(), encode(n.outputs[0], feed->second));
-    } else if (n.kind == NodeKind::state) {
+    } else if (n.kind == NodeKind::state || n.kind == NodeKind::page) {
       backend.clear(buffers.back()->data(), buffers.back()->size());
     } else {
       throw Error("eval: no value was given for \"" + graph.name(id) + "\"");

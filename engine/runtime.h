@@ -35,6 +35,7 @@ class Runtime {
   std::int64_t arena_bytes() const;
   std::int64_t input_bytes() const;
   std::int64_t state_bytes() const;
+  std::int64_t page_bytes() const;  // from allocate_host()
 
   // Allocates arena, inputs and states (cleared), and compiles. Throws Error naming the first
   // weight or parameter that has no address.
@@ -81,7 +82,7 @@ class Runtime {
   std::vector<Program> programs_;
   std::map<std::string, Leaf, std::less<>> leaves_;
   std::map<std::string, std::byte*, std::less<>> bound_;
-  std::unique_ptr<Buffer> arena_, inputs_, states_;
+  std::unique_ptr<Buffer> arena_, inputs_, states_, pages_;
 };
 
 // Values of `outputs` for leaf values given by name, computed by a plan made for this one call: the

@@ -8,6 +8,8 @@ namespace {
 
 constexpr std::array<std::string_view, 3> kRungNames = {"store", "cheap", "block"};
 
+constexpr std::string_view kOffload = ",offload";
+
 std::string_view rung_name(Rung rung) { return kRungNames[static_cast<std::size_t>(rung)]; }
 
 std::optional<Rung> find_rung(std::string_view name) {
@@ -20,13 +22,17 @@ std::optional<Rung> find_rung(std::string_view name) {
 }  // namespace
 
 std::string StoragePolicy::str() const {
-  const std::string rest(rung_name(rung));
+  const std::string rest = std::string(rung_name(rung)) + (offload ? std::string(kOffload) : "");
   if (split == 0) return rest;
   return std::string(rung_name(lean)) + ":" + std::to_string(split) + "+" + rest;
 }
 
 std::optional<StoragePolicy> StoragePolicy::parse(std::string_view text) {
   StoragePolicy policy;
+  if (text.ends_with(kOffload)) {
+    policy.offload = true;
+    text.remove_suffix(kOffload.size());
+  }
   if (const std::size_t plus = text.find('+'); plus != std::string_view::npos) {
     const std::string_view first = text.substr(0, plus);
     const std::size_t colon = first.find(':');

@@ -136,10 +136,12 @@ int Trainer::add_apply() {
     Tensor master, first, second;
   };
   const auto stored = [&](const Page& page) {
-    const auto state = [&](const char* name) {
-      return graph->state(name + page.suffix(), {stat, {page.count}, {}});
+    const auto leaf = [&](const char* name, bool pageable) {
+      const TensorType type{stat, {page.count}, {}};
+      return page.paged && pageable ? graph->page(name + page.suffix(), type)
+                                    : graph->state(name + page.suffix(), type);
     };
-    return Values{state("master"), state("m"), state("v")};
+    return Values{leaf("master", pages_masters()), leaf("m", true), leaf("v", true)};
   };
   const auto come = [&](const Page& page) {
     Values values = stored(page);
@@ -209,6 +211,9 @@ FitReport Trainer::fit() const {
   }
   if (paged_elements() > 0) {
     report.pinned.push_back({"optimizer pages", paged_elements() * pageable_bytes_per_element()});
+  }
+  if (runtime_.page_bytes() > 0) {
+    report.pinned.push_back({"offloaded block inputs", runtime_.page_bytes()});
   }
   report.device.push_back({"arena", runtime_.arena_bytes()});
   report.device.push_back({"inputs", runtime_.input_bytes() + runtime_.state_bytes() +

@@ -168,6 +168,7 @@ Tensor Llama::build_loss(Graph& graph, const LossInputs& inputs) const {
   Tensor x = embedding(inputs.tokens, weight(graph, "token_embd.weight"));
   rope_frequency_weight(graph);
   for (std::int64_t block = 0; block < config_.layers; ++block) {
+    if (inputs.storage.offload && inputs.training) graph.offload(x, block_name(block, "input"));
     graph.begin_segment(inputs.storage.of(block));
     x = decoder_block(graph, x, inputs.positions, block, &inputs,
                       [&](Tensor q, Tensor k, Tensor v) {

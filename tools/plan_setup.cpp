@@ -121,27 +121,37 @@ class Chooser {
   }
 
   // The fastest policy that fits; the leanest when none does. Where everything cannot stay, the
-  // embedding table leaves first, of which a step reads a few rows. Then either the blocks keep
-  // less, or the optimizer's arrays leave first and the blocks keep less only for what is then
-  // still too much.
+  // embedding table leaves first, of which a step reads a few rows. What may leave next are the
+  // optimizer's arrays, block inputs, and both; the blocks then keep as much as there is room for.
   Policy fastest() {
     embedding_on_host_ = false;
     plan({});
     if (excess_ <= 0) return {};
     embedding_on_host_ = true;
-    const Policy resident = search(0);
-    const std::int64_t resident_excess = excess_;
-    if ((resident_excess <= 0 && resident.storage == StoragePolicy{}) || pageable() == 0) {
-      return resident;
+    Policy best;
+    std::int64_t best_excess = INT64_MAX;
+    double best_seconds = 0;
+    for (const bool offload : {false, true}) {
+      for (const bool pages : {false, true}) {
+        if (pages && pageable() == 0) continue;
+        Policy policy = search(offload, pages ? pageable() : 0);
+        if (pages) page(policy);
+        const double needed = seconds();
+        const bool better =
+            best_excess > 0 ? excess_ < best_excess : excess_ <= 0 && needed < best_seconds;
+        if (!pinned_fits() || !better) continue;
+        best = policy;
+        best_excess = excess_;
+        best_seconds = needed;
+        if (best_excess <= 0 && policy.storage == StoragePolicy{}) break;
+      }
+      if (best_excess <= 0 && best.storage == StoragePolicy{} && best.paged == 0) break;
     }
-    const double resident_seconds = seconds();
-    Policy paged = search(pageable());
-    page(paged);
-    if (resident_excess > 0 || (excess_ <= 0 && seconds() < resident_seconds)) return paged;
-    excess_ = resident_excess;
-    return resident;
+    excess_ = best_excess;
+    return best;
   }
 
+  bool pinned_fits() const { return s_.fit.pinned_bytes() <= s_.fit.pinned_budget_bytes; }
   void plan(const Policy& policy) {
     plan_policy(s_, policy, sample_context_, Plans::draft);
     excess_ = s_.fit.total_bytes() + s_.fit.context_bytes + margin_ - budget(s_);
@@ -149,7 +159,10 @@ class Chooser {
   std::int64_t pageable() const {
     if (s_.without_adapter) return 0;
     return std::min(s_.trainer->parameters().elements() * s_.trainer->pageable_bytes_per_element(),
-                    s_.fit.pinned_budget_bytes - s_.loaded->pinned_bytes());
+                    s_.fit.pinned_budget_bytes - s_.fit.pinned_bytes() + paged_now());
+  }
+  std::int64_t paged_now() const {
+    return s_.trainer->paged_elements() * s_.trainer->pageable_bytes_per_element();
   }
   // Pages what the plan just made is too large by. The pages take room in the arena as well, so
   // that what was saved is looked at again.
@@ -170,18 +183,19 @@ class Chooser {
   // The fastest storage that fits with `room` bytes more than there are: the rungs from the fastest
   // to the leanest, and between the last that does not fit and the first that does as few lean
   // blocks as possible. Bytes are all but linear in their number, so that a few plans find it.
-  Policy search(std::int64_t room) {
+  Policy search(bool offload, std::int64_t room) {
     const auto too_many = [&](const StoragePolicy& storage) {
       plan({.storage = storage, .embedding_on_host = embedding_on_host_});
       return excess_ - room;
     };
     Policy found;
+    found.storage.offload = offload;
     found.embedding_on_host = embedding_on_host_;
     std::int64_t over = too_many(found.storage);
     for (const auto& [fast, lean] :
          {std::pair{Rung::store, Rung::cheap}, {Rung::cheap, Rung::block}}) {
       if (over <= 0) break;
-      found.storage = {.rung = lean};
+      found.storage = {.rung = lean, .offload = offload};
       std::int64_t over_lean = too_many(found.storage);
       if (over_lean > 0) {
         over = over_lean;
@@ -194,11 +208,14 @@ class Chooser {
         const auto guess = too_few + static_cast<std::int64_t>(
                                          std::ceil(share * static_cast<double>(enough - too_few)));
         planned = std::clamp(guess, too_few + 1, enough - 1);
-        const std::int64_t now = too_many({.rung = fast, .lean = lean, .split = planned});
+        const std::int64_t now =
+            too_many({.rung = fast, .lean = lean, .split = planned, .offload = offload});
         (now > 0 ? too_few : enough) = planned;
         (now > 0 ? over : over_lean) = now;
       }
-      if (enough < layers) found.storage = {.rung = fast, .lean = lean, .split = enough};
+      if (enough < layers) {
+        found.storage = {.rung = fast, .lean = lean, .split = enough, .offload = offload};
+      }
       if (planned != enough) too_many(found.storage);
       break;
     }

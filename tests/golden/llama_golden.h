@@ -58,8 +58,8 @@ struct Golden {
 
 // Backend, weights and trainer of one variant.
 struct Setup {
-  Setup(const Golden& golden, Method method, DType compute, Rung rung, std::unique_ptr<Backend> on,
-        std::int64_t paged_elements = 0)
+  Setup(const Golden& golden, Method method, DType compute, const StoragePolicy& storage,
+        std::unique_ptr<Backend> on, std::int64_t paged_elements = 0)
       : backend(std::move(on)) {
     LoadOptions load;
     load.method = method;
@@ -74,7 +74,7 @@ struct Setup {
         std::make_unique<Llama>(loaded->config(), loaded->types(), lora, method == Method::full);
     TrainerOptions options;
     options.compute = compute;
-    options.storage.rung = rung;
+    options.storage = storage;
     options.buckets = {kRows};
     options.paged_elements = paged_elements;
     options.clip = golden.numbers["clip"];

@@ -27,7 +27,7 @@ TEST_CASE("the tiny llama agrees with PyTorch on the GPU") {
           CAPTURE(variant);
           CAPTURE(name(compute));
           const std::string prefix = method == Method::full ? "full" : "lora";
-          Setup s(golden, method, compute, Rung::store, cuda_backend(hopper));
+          Setup s(golden, method, compute, {Rung::store}, cuda_backend(hopper));
           check_logits(golden, s, prefix, compute);
           check_training(golden, s, prefix, compute);
         }
@@ -42,7 +42,7 @@ TEST_CASE("every storage rung gives the same gradients on the GPU, bit for bit, 
     for (const Method method : {Method::full, Method::lora}) {
       std::vector<std::vector<float>> first;
       for (const Rung rung : {Rung::store, Rung::cheap, Rung::block}) {
-        Setup s(golden, method, compute, rung, cuda_backend());
+        Setup s(golden, method, compute, {rung}, cuda_backend());
         for (int step = 0; step < 4; ++step) {  // plain, recorded, replayed
           s.trainer->micro(golden.batch(step));
           s.trainer->apply(1e-2);
@@ -62,7 +62,7 @@ TEST_CASE("every storage rung gives the same gradients on the GPU, bit for bit, 
 TEST_CASE("what fit() predicts is what is allocated on the GPU, to the byte") {
   const Golden golden("tied");
   for (const DType compute : {DType::F32, DType::BF16}) {
-    Setup s(golden, Method::lora, compute, Rung::store, cuda_backend());
+    Setup s(golden, Method::lora, compute, {Rung::store}, cuda_backend());
     CHECK(s.trainer->fit().total_bytes() + s.loaded->weight_bytes() ==
           s.backend->allocated_bytes());
   }
@@ -70,4 +70,8 @@ TEST_CASE("what fit() predicts is what is allocated on the GPU, to the byte") {
 
 TEST_CASE("the optimizer's arrays give the same bytes wherever they lie, on the GPU") {
   check_paging([] { return cuda_backend(); }, {DType::F32, DType::BF16});
+}
+
+TEST_CASE("block inputs give the same bytes wherever they wait, on the GPU") {
+  check_offload([] { return cuda_backend(); }, {DType::F32, DType::BF16});
 }

@@ -25,7 +25,7 @@ TEST_CASE("the tiny llama agrees with PyTorch: logits, gradients, ten AdamW step
         CAPTURE(variant);
         CAPTURE(name(compute));
         const std::string prefix = method == Method::full ? "full" : "lora";
-        Setup s(golden, method, compute, Rung::store, cpu_backend());
+        Setup s(golden, method, compute, {Rung::store}, cpu_backend());
         check_logits(golden, s, prefix, compute);
         const int gradients = check_training(golden, s, prefix, compute);
         // One variant holds them all, the others what differs in them.
@@ -42,7 +42,7 @@ TEST_CASE("every storage rung gives the same gradients, bit for bit") {
     for (const Method method : {Method::full, Method::lora}) {
       std::vector<std::vector<float>> first;
       for (const Rung rung : {Rung::store, Rung::cheap, Rung::block}) {
-        Setup s(golden, method, compute, rung, cpu_backend());
+        Setup s(golden, method, compute, {rung}, cpu_backend());
         s.trainer->micro(golden.batch(0));
         std::vector<std::vector<float>> now;
         for (const ParameterSegment& p : s.trainer->parameters().segments()) {
@@ -59,7 +59,7 @@ TEST_CASE("any number of threads gives the same parameters, bit for bit") {
   const Golden golden("untied");
   std::vector<std::vector<float>> first;
   for (const int threads : {1, 2, 5}) {
-    Setup s(golden, Method::full, DType::F32, Rung::store, cpu_backend(threads));
+    Setup s(golden, Method::full, DType::F32, {Rung::store}, cpu_backend(threads));
     for (int step = 0; step < 3; ++step) {
       s.trainer->micro(golden.batch(step));
       s.trainer->apply(1e-2);
@@ -78,8 +78,8 @@ TEST_CASE("several micros and one apply equal one step over all of them") {
   // order of F32 additions.
   const Golden golden("tied");
   const Microbatch all = golden.batch(0);
-  Setup whole(golden, Method::lora, DType::F32, Rung::store, cpu_backend()),
-      parts(golden, Method::lora, DType::F32, Rung::store, cpu_backend());
+  Setup whole(golden, Method::lora, DType::F32, {Rung::store}, cpu_backend()),
+      parts(golden, Method::lora, DType::F32, {Rung::store}, cpu_backend());
   whole.trainer->micro(all);
   for (std::size_t begin = 0; begin < kRows;) {
     std::size_t end = begin + 1;
@@ -113,7 +113,7 @@ TEST_CASE("several micros and one apply equal one step over all of them") {
 TEST_CASE("what fit() predicts is what is allocated, to the byte") {
   const Golden golden("tied");
   for (const DType compute : {DType::F32, DType::BF16}) {
-    Setup s(golden, Method::lora, compute, Rung::store, cpu_backend());
+    Setup s(golden, Method::lora, compute, {Rung::store}, cpu_backend());
     CHECK(s.trainer->fit().total_bytes() + s.loaded->weight_bytes() ==
           s.backend->allocated_bytes());
   }
@@ -121,4 +121,8 @@ TEST_CASE("what fit() predicts is what is allocated, to the byte") {
 
 TEST_CASE("the optimizer's arrays give the same bytes wherever they lie") {
   check_paging([] { return cpu_backend(); }, {DType::F64, DType::F32, DType::BF16});
+}
+
+TEST_CASE("block inputs give the same bytes wherever they wait") {
+  check_offload([] { return cpu_backend(); }, {DType::F64, DType::F32, DType::BF16});
 }

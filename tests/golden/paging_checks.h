@@ -33,13 +33,37 @@ inline void train(const Golden& golden, Setup& s, int first, int end) {
   }
 }
 
+// Block inputs that wait on the host change no bit, on any rung.
+inline void check_offload(const std::function<std::unique_ptr<Backend>()>& make_backend,
+                          std::initializer_list<DType> computes) {
+  const Golden golden("tied");
+  for (const DType compute : computes) {
+    for (const Method method : {Method::full, Method::lora}) {
+      CAPTURE(name(compute));
+      std::map<std::string, std::vector<std::byte>, std::less<>> wanted;
+      for (const char* text :
+           {"store", "store,offload", "cheap,offload", "block:1+cheap,offload", "block,offload"}) {
+        CAPTURE(text);
+        Setup s(golden, method, compute, StoragePolicy::parse(text).value(), make_backend());
+        const FitReport fit = s.trainer->fit();
+        CHECK(fit.total_bytes() + s.loaded->weight_bytes() == s.backend->allocated_bytes());
+        CHECK(fit.pinned_bytes() == s.backend->host_allocated_bytes());
+        CHECK((fit.pinned_bytes() > 0) == (std::string_view(text) != "store"));
+        train(golden, s, 0, 4);
+        if (wanted.empty()) wanted = saved(s).tensors;
+        CHECK(saved(s).tensors == wanted);
+      }
+    }
+  }
+}
+
 inline void check_paging(const std::function<std::unique_ptr<Backend>()>& make_backend,
                          std::initializer_list<DType> computes) {
   const Golden golden("tied");
   for (const DType compute : computes) {
     for (const Method method : {Method::full, Method::lora}) {
       CAPTURE(name(compute));
-      Setup resident(golden, method, compute, Rung::store, make_backend());
+      Setup resident(golden, method, compute, {Rung::store}, make_backend());
       const std::int64_t all = resident.trainer->parameters().elements();
       train(golden, resident, 0, 3);
       const MemoryState half_way = saved(resident);
@@ -47,7 +71,7 @@ inline void check_paging(const std::function<std::unique_ptr<Backend>()>& make_b
       const MemoryState wanted = saved(resident);
       for (const std::int64_t paged : {std::int64_t{1}, all / 3, all}) {
         CAPTURE(paged);
-        Setup s(golden, method, compute, Rung::store, make_backend(), paged);
+        Setup s(golden, method, compute, {Rung::store}, make_backend(), paged);
         CHECK(s.trainer->paged_elements() >= paged);
         CHECK(s.trainer->paged_elements() < paged + kParameterBlock);
         const FitReport fit = s.trainer->fit();
@@ -59,7 +83,7 @@ inline void check_paging(const std::function<std::unique_ptr<Backend>()>& make_b
         CHECK(saved(s).tensors == wanted.tensors);
         // Resuming under another cap goes on bit for bit; checkpoints hold F32.
         if (compute == DType::F64) continue;
-        Setup resumed(golden, method, compute, Rung::store, make_backend(), paged);
+        Setup resumed(golden, method, compute, {Rung::store}, make_backend(), paged);
         MemoryState state = half_way;
         resumed.trainer->load(state);
         train(golden, resumed, 3, 6);
