@@ -35,7 +35,7 @@ class Walker final : public VjpArgs {
   }
 
   Backward walk() {
-    bring_in(graph_.offloaded().size());
+    if (waiting_ > 0) bring_in(graph_.offloaded().back().group);
     for (current_ = forward_ - 1; current_ >= 0; --current_) {
       const Node& n = graph_.node(current_);
       if (n.kind != NodeKind::op || !n.needs_grad || !has_gradient(current_)) continue;
@@ -123,21 +123,19 @@ class Walker final : public VjpArgs {
     return false;
   }
 
-  // Offloaded values come back in reverse order. When one is read, the one before it starts to
-  // come.
-  void bring_in(std::size_t end) {
-    if (end == 0 || end > waiting_) return;
-    while (waiting_ >= end) {
-      const Graph::Offloaded& o = graph_.offloaded()[--waiting_];
-      brought_[waiting_] = page_in(graph_.tensor(o.page));
+  // Offloaded values come back in reverse order, group by group. When one is read, the group before
+  // its own starts to come.
+  void bring_in(std::int64_t group) {
+    while (waiting_ > 0 && graph_.offloaded()[waiting_ - 1].group >= group) {
+      --waiting_;
+      brought_[waiting_] = page_in(graph_.tensor(graph_.offloaded()[waiting_].page));
     }
   }
   Tensor offloaded(Ref ref) {
     const std::span<const Graph::Offloaded> all = graph_.offloaded();
     for (std::size_t i = 0; i < all.size(); ++i) {
       if (!(all[i].value == ref)) continue;
-      bring_in(i + 1);
-      bring_in(i);
+      bring_in(all[i].group - 1);
       return brought_[i];
     }
     return {};

@@ -35,16 +35,30 @@ double decoded_bytes(const OpCall& call) {
 
 }  // namespace
 
+// The streams in program order: a copy out starts when what it copies is there, and lets go of its
+// memory, which the next one needs, when it ends; a copy in starts when everything before it has
+// been started and its memory is free, and is waited for by what reads it.
 double estimate_seconds(const Plan& plan, const DeviceRates& rates, double average_span) {
   double compute = 0, in = 0, out = 0;
+  std::vector<double> arrives(static_cast<std::size_t>(plan.graph->size()));
   for (std::size_t i = 0; i < plan.steps.size(); ++i) {
-    const OpCall call = describe(*plan.graph, plan.steps[i]);
-    const OpCost cost = op_cost(call, average_span);
-    if (call.node->op == OpId::page_in || call.node->op == OpId::page_out) {
-      (call.node->op == OpId::page_in ? in : out) +=
-          static_cast<double>(bytes(call.out_types[0])) / rates.copy_bytes;
+    const std::int32_t id = plan.steps[i];
+    const OpCall call = describe(*plan.graph, id);
+    const double copied = static_cast<double>(bytes(call.out_types[0])) / rates.copy_bytes;
+    if (call.node->op == OpId::page_in) {
+      in = arrives[static_cast<std::size_t>(id)] = std::max({in, out, compute}) + copied;
       continue;
     }
+    if (call.node->op == OpId::page_out) {
+      compute = std::max(compute, out);
+      out = compute + copied;
+      continue;
+    }
+    for (int k = 0; k < call.n_inputs; ++k) {
+      const Ref input = call.node->inputs[static_cast<std::size_t>(k)];
+      compute = std::max(compute, arrives[static_cast<std::size_t>(input.node)]);
+    }
+    const OpCost cost = op_cost(call, average_span);
     double seconds = std::max(cost.flops / product_rate(call, rates), cost.bytes / rates.bytes);
     if (rates.decodes_weights) seconds += decoded_bytes(call) / rates.bytes;
     compute += std::max(seconds, plan.fused[i] ? 0 : rates.launch);

@@ -18,8 +18,8 @@ struct DeviceRates {
   bool known() const { return flops > 0; }
 };
 
-// Seconds of one run. Copies from and to host memory run beside the kernels: the longest of the
-// three counts. `average_span`: rows of a document, for attention.
+// Seconds of one run; copies from and to host memory run beside the kernels. `average_span`: rows
+// of a document, for attention.
 double estimate_seconds(const Plan& plan, const DeviceRates& rates, double average_span);
 
 }  // namespace nibble

@@ -54,9 +54,9 @@ Tensor Graph::page(std::string_view name, const TensorType& type) {
   return leaf(NodeKind::page, name, type);
 }
 
-void Graph::offload(Tensor x, std::string_view name) {
+void Graph::offload(Tensor x, std::string_view name, std::int64_t group) {
   const Tensor stored = page_out(page(name, x.type()), x);
-  offloaded_.push_back({{x.node, x.output}, {stored.node, stored.output}});
+  offloaded_.push_back({{x.node, x.output}, {stored.node, stored.output}, group});
 }
 
 Tensor Graph::find(std::string_view name) const {

@@ -141,11 +141,13 @@ class Graph {
   void begin_segment(Rung rung);
   void end_segment();
 
-  // Copies x to the page `name`: the backward pass reads it from there, brought in shortly before,
-  // so that x itself need not be kept.
-  void offload(Tensor x, std::string_view name);
+  // Copies x to the page `name`: the backward pass reads it from there, so that x itself need not
+  // be kept. Values of one group (numbers ascend) come back together, while the group after it is
+  // worked on.
+  void offload(Tensor x, std::string_view name, std::int64_t group);
   struct Offloaded {
     Ref value, page;  // the page's version that holds the value
+    std::int64_t group;
   };
   std::span<const Offloaded> offloaded() const { return offloaded_; }
 

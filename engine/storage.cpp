@@ -1,5 +1,6 @@
 #include "engine/storage.h"
 
+#include <algorithm>
 #include <array>
 #include <charconv>
 
@@ -8,7 +9,8 @@ namespace {
 
 constexpr std::array<std::string_view, 3> kRungNames = {"store", "cheap", "block"};
 
-constexpr std::string_view kOffload = ",offload";
+constexpr std::string_view kOffload = ",offload:";
+constexpr std::array<std::string_view, 3> kOffloadNames = {"inputs", "attention", "gate"};
 
 std::string_view rung_name(Rung rung) { return kRungNames[static_cast<std::size_t>(rung)]; }
 
@@ -22,16 +24,23 @@ std::optional<Rung> find_rung(std::string_view name) {
 }  // namespace
 
 std::string StoragePolicy::str() const {
-  const std::string rest = std::string(rung_name(rung)) + (offload ? std::string(kOffload) : "");
+  std::string rest(rung_name(rung));
+  if (offload != Offload::none) {
+    rest +=
+        std::string(kOffload) + std::string(kOffloadNames[static_cast<std::size_t>(offload) - 1]);
+  }
   if (split == 0) return rest;
   return std::string(rung_name(lean)) + ":" + std::to_string(split) + "+" + rest;
 }
 
 std::optional<StoragePolicy> StoragePolicy::parse(std::string_view text) {
   StoragePolicy policy;
-  if (text.ends_with(kOffload)) {
-    policy.offload = true;
-    text.remove_suffix(kOffload.size());
+  if (const std::size_t comma = text.find(kOffload); comma != std::string_view::npos) {
+    const auto found =
+        std::find(kOffloadNames.begin(), kOffloadNames.end(), text.substr(comma + kOffload.size()));
+    if (found == kOffloadNames.end()) return {};
+    policy.offload = static_cast<Offload>(found - kOffloadNames.begin() + 1);
+    text.remove_suffix(text.size() - comma);
   }
   if (const std::size_t plus = text.find('+'); plus != std::string_view::npos) {
     const std::string_view first = text.substr(0, plus);

@@ -213,7 +213,7 @@ FitReport Trainer::fit() const {
     report.pinned.push_back({"optimizer pages", paged_elements() * pageable_bytes_per_element()});
   }
   if (runtime_.page_bytes() > 0) {
-    report.pinned.push_back({"offloaded block inputs", runtime_.page_bytes()});
+    report.pinned.push_back({"offloaded activations", runtime_.page_bytes()});
   }
   report.device.push_back({"arena", runtime_.arena_bytes()});
   report.device.push_back({"inputs", runtime_.input_bytes() + runtime_.state_bytes() +

@@ -103,6 +103,12 @@ Tensor Llama::weight(Graph& graph, const std::string& name) const {
   return graph.weight(name, found->second);
 }
 
+void Llama::offload(Graph& graph, Tensor x, Offload what, const char* name, std::int64_t block,
+                    const LossInputs* inputs) {
+  if (inputs == nullptr || !inputs->training || inputs->storage.offload < what) return;
+  graph.offload(x, block_name(block, name), block);
+}
+
 Tensor Llama::rope_frequency_weight(Graph& graph) const {
   return graph.weight("rope_frequencies", {graph.accumulate(), {config_.head_dim / 2}, {}});
 }
@@ -158,6 +164,7 @@ Tensor Llama::decoder_block(Graph& graph, Tensor x, Tensor positions, std::int64
   x = add(x, layer(attend(turned_q, turned_k, v), 3));
   n = rms_norm(x, weight(graph, block_name(block, "ffn_norm.weight")), eps);
   const Tensor gate = layer(n, 4);
+  offload(graph, gate, Offload::gate, "gate", block, inputs);
   const Tensor up = layer(n, 5);
   return add(x, layer(swiglu(gate, up), 6));
 }
@@ -168,11 +175,13 @@ Tensor Llama::build_loss(Graph& graph, const LossInputs& inputs) const {
   Tensor x = embedding(inputs.tokens, weight(graph, "token_embd.weight"));
   rope_frequency_weight(graph);
   for (std::int64_t block = 0; block < config_.layers; ++block) {
-    if (inputs.storage.offload && inputs.training) graph.offload(x, block_name(block, "input"));
+    offload(graph, x, Offload::inputs, "input", block, &inputs);
     graph.begin_segment(inputs.storage.of(block));
     x = decoder_block(graph, x, inputs.positions, block, &inputs,
                       [&](Tensor q, Tensor k, Tensor v) {
-                        return attention(q, k, v, inputs.span_begin, {head_dim, scale});
+                        const Tensor o = attention(q, k, v, inputs.span_begin, {head_dim, scale});
+                        offload(graph, o, Offload::attention, "attention", block, &inputs);
+                        return o;
                       });
     graph.end_segment();
   }

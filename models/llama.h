@@ -54,6 +54,9 @@ class Llama final : public Model {
   Tensor linear_layer(Graph& graph, Tensor x, std::int64_t block, int linear,
                       const LossInputs* inputs) const;
   Tensor rope_frequency_weight(Graph& graph) const;
+  // Lets x of a block wait on the host, where the policy has it so.
+  static void offload(Graph& graph, Tensor x, Offload what, const char* name, std::int64_t block,
+                      const LossInputs* inputs);
   template <class Attend>
   Tensor decoder_block(Graph& graph, Tensor x, Tensor positions, std::int64_t block,
                        const LossInputs* inputs, Attend attend) const;

@@ -131,7 +131,8 @@ class Chooser {
     Policy best;
     std::int64_t best_excess = INT64_MAX;
     double best_seconds = 0;
-    for (const bool offload : {false, true}) {
+    for (const Offload offload :
+         {Offload::none, Offload::inputs, Offload::attention, Offload::gate}) {
       for (const bool pages : {false, true}) {
         if (pages && pageable() == 0) continue;
         Policy policy = search(offload, pages ? pageable() : 0);
@@ -183,7 +184,7 @@ class Chooser {
   // The fastest storage that fits with `room` bytes more than there are: the rungs from the fastest
   // to the leanest, and between the last that does not fit and the first that does as few lean
   // blocks as possible. Bytes are all but linear in their number, so that a few plans find it.
-  Policy search(bool offload, std::int64_t room) {
+  Policy search(Offload offload, std::int64_t room) {
     const auto too_many = [&](const StoragePolicy& storage) {
       plan({.storage = storage, .embedding_on_host = embedding_on_host_});
       return excess_ - room;

@@ -83,8 +83,9 @@ void add_recipe_flags(CLI::App& command, Recipe& r, bool needs_data) {
   command
       .add_option("--storage", r.storage,
                   "store | cheap | block: what the backward pass keeps and what it recomputes, or "
-                  "LEAN:N+RUNG for the first N blocks and the rest; with \",offload\" block inputs "
-                  "wait in host memory; auto: the fastest that fits --memory")
+                  "LEAN:N+RUNG for the first N blocks and the rest; \",offload:inputs\", "
+                  "\":attention\" or \":gate\" behind it: what waits in host memory; auto: the "
+                  "fastest that fits --memory")
       ->group(where)
       ->capture_default_str();
   auto* resume =

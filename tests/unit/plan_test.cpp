@@ -431,15 +431,15 @@ TEST_CASE("a storage policy is written and read") {
   CHECK(split.of(6) == Rung::block);
   CHECK(split.of(7) == Rung::store);
   for (const char* text : {"store", "cheap", "block", "cheap:1+store", "block:12+cheap",
-                           "block,offload", "cheap:3+store,offload"}) {
+                           "block,offload:inputs", "cheap:3+store,offload:gate"}) {
     const auto policy = StoragePolicy::parse(text);
     REQUIRE(policy);
     CHECK(policy->str() == text);
   }
   for (const char* text :
        {"", "auto", "cheap:+store", "cheap:0+store", "cheap:-1+store", "store:2+cheap", "cheap:2",
-        "cheap:2+cheap", "cheap:2+", "cheap:2x+store", "+store", ",offload", "offload",
-        "cheap,offload:1+store"}) {
+        "cheap:2+cheap", "cheap:2+", "cheap:2x+store", "+store", ",offload:gate", "store,offload",
+        "store,offload:", "cheap,offload:gate+store"}) {
     CHECK_FALSE(StoragePolicy::parse(text));
   }
 }
