@@ -14,6 +14,9 @@ namespace nibble {
 namespace {
 
 constexpr int kMostSplits = 6;  // depths to try
+constexpr std::int64_t kMargin = 4 << 20;
+// What more traffic has to save to be worth it.
+constexpr double kWorthwhile = 0.99;
 
 // How a step runs: what its blocks keep, and how many of the optimizer's elements are on the host.
 struct Policy {
@@ -105,7 +108,7 @@ class Chooser {
       plan_policy(s_, policy, sample_context_, Plans::all);
       const std::int64_t excess = s_.fit.total_bytes() + s_.fit.context_bytes - budget(s_);
       if (!draft_fits || excess <= 0) return;
-      margin_ += excess;
+      margin_ += 2 * excess + kMargin;  // another policy, another layout
     }
   }
 
@@ -138,8 +141,8 @@ class Chooser {
         Policy policy = search(offload, pages ? pageable() : 0);
         if (pages) page(policy);
         const double needed = seconds();
-        const bool better =
-            best_excess > 0 ? excess_ < best_excess : excess_ <= 0 && needed < best_seconds;
+        const bool better = best_excess > 0 ? excess_ < best_excess
+                                            : excess_ <= 0 && needed < kWorthwhile * best_seconds;
         if (!pinned_fits() || !better) continue;
         best = policy;
         best_excess = excess_;
