@@ -8,12 +8,18 @@ namespace nibble {
 namespace {
 
 constexpr std::int64_t kDecodeRows = 64;
-// Shares of a large product's rate that the attention kernels reach, measured on an H100.
-constexpr double kAttention = 0.8, kAttentionBackward = 0.6;
 
-double product_rate(const OpCall& call, const DeviceRates& rates) {
-  if (call.node->op == OpId::attention) return kAttention * rates.flops;
-  if (call.node->op == OpId::attention_backward) return kAttentionBackward * rates.flops;
+// The share of a large product's rate that attention reaches over long documents, and the rows at
+// which it reaches half of that (H100 and H200, documents of 512, 2,048 and 16,384 rows).
+struct AttentionShare {
+  double share, half_rows;
+  double at(double span) const { return share * span / (span + half_rows); }
+};
+constexpr AttentionShare kForward{0.95, 1200}, kBackward{0.76, 1000};
+
+double product_rate(const OpCall& call, const DeviceRates& rates, double span) {
+  if (call.node->op == OpId::attention) return kForward.at(span) * rates.flops;
+  if (call.node->op == OpId::attention_backward) return kBackward.at(span) * rates.flops;
   return rates.flops;
 }
 
@@ -59,7 +65,8 @@ double estimate_seconds(const Plan& plan, const DeviceRates& rates, double avera
       compute = std::max(compute, arrives[static_cast<std::size_t>(input.node)]);
     }
     const OpCost cost = op_cost(call, average_span);
-    double seconds = std::max(cost.flops / product_rate(call, rates), cost.bytes / rates.bytes);
+    double seconds =
+        std::max(cost.flops / product_rate(call, rates, average_span), cost.bytes / rates.bytes);
     if (rates.decodes_weights) seconds += decoded_bytes(call) / rates.bytes;
     compute += std::max(seconds, plan.fused[i] ? 0 : rates.launch);
   }

@@ -93,7 +93,23 @@ class Planner {
     for (const Ref ref : graph_.kept()) {
       last_read_[index(ref.node)][index(ref.output)] = graph_.size();
     }
+    keep_while_copied();
     storage_.assign(index(graph_.size()), PerOutput{-1, -1, -1});
+  }
+
+  // A copy to the host runs beside the steps after it: what it reads stays until the next one
+  // starts, or those steps would wait for the memory.
+  void keep_while_copied() {
+    Ref copied;
+    for (const std::int32_t id : plan_.steps) {
+      const Node& n = graph_.node(id);
+      if (n.op != OpId::page_out) continue;
+      if (copied.node >= 0) {
+        std::int32_t& last = last_read_[index(copied.node)][index(copied.output)];
+        last = std::max(last, id);
+      }
+      copied = n.inputs[1];
+    }
   }
 
   // Gives each output of node `id` a storage: that of the input it updates or may overwrite, or a

@@ -15,7 +15,7 @@ namespace nibble {
 enum class Offload : std::uint8_t {
   none,
   inputs,     // of blocks
-  attention,  // its outputs
+  attention,  // its outputs, so that it need not be repeated
   gate,       // the gate's outputs, of the MLP
 };
 

@@ -180,6 +180,9 @@ Tensor Llama::build_loss(Graph& graph, const LossInputs& inputs) const {
     x = decoder_block(graph, x, inputs.positions, block, &inputs,
                       [&](Tensor q, Tensor k, Tensor v) {
                         const Tensor o = attention(q, k, v, inputs.span_begin, {head_dim, scale});
+                        // The large one last: it has until the next copy to leave.
+                        offload(graph, graph.output_of(o, 1), Offload::attention, "attention_lse",
+                                block, &inputs);
                         offload(graph, o, Offload::attention, "attention", block, &inputs);
                         return o;
                       });

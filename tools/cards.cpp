@@ -26,8 +26,8 @@ constexpr std::array kCards{
     CardFigures{"a6000", "RTX A6000", 86, 84, gib(47.3), rates(139, 690, 24)},
     CardFigures{"l40s", "L40S", 89, 142, gib(44.3), rates(326, 777, 24)},
     CardFigures{"a100", "A100", 80, 108, gib(79.1), rates(281, 1740, 24)},
-    CardFigures{"h100", "H100", 90, 132, gib(79.1), rates(640, 2580, 50)},
-    CardFigures{"h200", "H200", 90, 132, gib(139.7), rates(640, 3600, 50)},
+    CardFigures{"h100", "H100", 90, 132, gib(79.1), rates(640, 2580, 54)},
+    CardFigures{"h200", "H200", 90, 132, gib(139.7), rates(655, 3600, 54)},
 };
 
 }  // namespace

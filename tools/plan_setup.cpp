@@ -16,7 +16,7 @@ namespace {
 constexpr int kMostSplits = 6;  // depths to try
 constexpr std::int64_t kMargin = 4 << 20;
 // What more traffic has to save to be worth it.
-constexpr double kWorthwhile = 0.99;
+constexpr double kWorthwhile = 0.98;
 
 // How a step runs: what its blocks keep, and how many of the optimizer's elements are on the host.
 struct Policy {
