@@ -452,11 +452,22 @@ void check_overwrite(const Recipe& r) {
   }
 }
 
-int refuse(const FinetuneSetup& s, std::ostream& log) {
-  log << "nibble: the run needs " << size_text(s.fit.total_bytes()) << ", "
-      << (s.recipe.memory.empty() ? "this machine has " : "--memory allows ")
-      << size_text(s.fit.budget_bytes)
-      << "; try --storage block, a smaller --micro-batch or --seq, or a lower --rank\n";
+// Says what the run needs, which is the least of all plans unless --storage named one.
+int refuse(const FinetuneSetup& s, const Recipe& asked, std::ostream& log) {
+  const FitReport& fit = s.fit;
+  if (fit.pinned_budget_bytes > 0 && fit.pinned_bytes() > fit.pinned_budget_bytes) {
+    log << "nibble: the run page-locks " << size_text(fit.pinned_bytes())
+        << " of host memory, --host-memory allows " << size_text(fit.pinned_budget_bytes) << "\n";
+    return 1;
+  }
+  const bool chosen = asked.storage == "auto";
+  const std::string source = !asked.memory.empty() ? "--memory allows"
+                             : !asked.card.empty() ? "--card " + asked.card + " has"
+                                                   : "this machine has";
+  log << "nibble: the run needs " << (chosen ? "at least " : "")
+      << size_text(fit.total_bytes() + fit.context_bytes) << ", " << source << " "
+      << size_text(fit.budget_bytes) << "; try " << (chosen ? "" : "--storage auto, ")
+      << "a smaller --micro-batch or --seq, or a lower --rank\n";
   return 1;
 }
 
@@ -468,7 +479,7 @@ int finetune(const Recipe& recipe, std::ostream& out, std::ostream& log) {
   }
   FinetuneSetup setup = set_up(recipe, log);
   print_fit(setup.fit, log);
-  if (!setup.fit.fits()) return refuse(setup, log);
+  if (!setup.fit.fits()) return refuse(setup, recipe, log);
   if (recipe.dry_run) {
     log << "dry run    nothing was read or written\n";
     return 0;
@@ -515,7 +526,7 @@ int fit(const Recipe& recipe, std::ostream& out, std::ostream& log) {
   } else {
     print_fit(setup.fit, out);
   }
-  return setup.fit.fits() ? 0 : refuse(setup, log);
+  return setup.fit.fits() ? 0 : refuse(setup, recipe, log);
 }
 
 }  // namespace nibble

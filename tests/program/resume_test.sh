@@ -40,9 +40,14 @@ for threads in 1 3; do
   train "$scratch/threads$threads" --threads "$threads"
   check "$threads threads: same adapter" same "$scratch/whole" "$scratch/threads$threads"
 done
-for storage in cheap block cheap:1+store block:1+cheap; do
+for storage in cheap block cheap:1+store block:1+cheap store,offload:inputs block,offload:gate; do
   train "$scratch/$storage" --storage "$storage"
   check "storage $storage: same adapter" same "$scratch/whole" "$scratch/$storage"
+done
+# From about the least that the run can do with to nearly everything.
+for memory in 6M 7M 8M 10M 12M 14M; do
+  train "$scratch/$memory" --memory $memory
+  check "--memory $memory: same adapter" same "$scratch/whole" "$scratch/$memory"
 done
 train "$scratch/dropout" --dropout 0.1
 train "$scratch/dropout-block" --dropout 0.1 --storage block
