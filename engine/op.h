@@ -89,6 +89,7 @@ struct OpDef {
   std::uint8_t also_writes = 0;
   // Bit i: output 0 MAY reuse the memory of input i when that input dies here.
   std::uint8_t in_place = 0;
+  std::uint8_t in_place_1 = 0;  // the same of output 1, and another input
   // Cheap enough to recompute rather than store (Rung::cheap).
   bool cheap = false;
   // Bit o: output o is stored on every rung, because it is small and the op is dear to repeat.

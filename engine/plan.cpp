@@ -119,13 +119,14 @@ class Planner {
     const OpCall call = describe(graph_, id);
     if (!backend_.supports(call)) throw Unsupported(missing_kernel(call));
     for (int output = 0; output < n.n_outputs; ++output) {
-      const int reused = output == 0 ? reusable_input(id) : -1;
+      const int reused = reusable_input(id, output);
       if (reused >= 0) {
         const Ref in = n.inputs[index(reused)];
         const Location& from = plan_.at(in);
-        plan_.locations[index(id)][0] = from;
-        storage_[index(id)][0] = storage_[index(in.node)][index(in.output)];
-        if (storage_[index(id)][0] >= 0) extend(storage_[index(id)][0], id, 0);
+        std::int32_t& storage = storage_[index(id)][index(output)];
+        plan_.locations[index(id)][index(output)] = from;
+        storage = storage_[index(in.node)][index(in.output)];
+        if (storage >= 0) extend(storage, id, output);
         continue;
       }
       const std::int64_t size = bytes(n.outputs[index(output)]);
@@ -146,18 +147,22 @@ class Planner {
     life.last = std::max({life.last, id, last_read_[index(id)][index(output)]});
   }
 
-  // The input whose memory output 0 takes over, or -1.
-  int reusable_input(std::int32_t id) const {
+  // The input whose memory an output takes over, or -1.
+  int reusable_input(std::int32_t id, int output) const {
     const Node& n = graph_.node(id);
     const OpDef& def = op_def(n.op);
     const int updated = updated_input(def);
-    if (updated >= 0) return updated;
+    if (output == 0 && updated >= 0) return updated;
+    const int allowed = output == 0 ? def.in_place : output == 1 ? def.in_place_1 : 0;
     for (int i = 0; i < n.n_inputs; ++i) {
-      if ((def.in_place >> i & 1) == 0) continue;
+      if ((allowed >> i & 1) == 0) continue;
       const Ref in = n.inputs[index(i)];
+      if (output == 1 && storage_[index(in.node)][index(in.output)] == storage_[index(id)][0]) {
+        continue;
+      }
       if (plan_.at(in).kind != Location::Kind::arena) continue;
       if (last_read_[index(in.node)][index(in.output)] != id) continue;
-      if (bytes(graph_.type(in)) != bytes(n.outputs[0])) continue;
+      if (bytes(graph_.type(in)) != bytes(n.outputs[index(output)])) continue;
       return i;
     }
     return -1;

@@ -10,6 +10,7 @@
 #include "engine/os.h"
 #include "gguf-convert/adapter.h"
 #include "models/chat.h"
+#include "tools/alternatives.h"
 #include "tools/export.h"
 #include "tools/finetune_setup.h"
 #include "tools/plot.h"
@@ -452,7 +453,8 @@ void check_overwrite(const Recipe& r) {
   }
 }
 
-// Says what the run needs, which is the least of all plans unless --storage named one.
+// Says what the run needs, which is the least of all plans unless --storage named one, and what to
+// run instead.
 int refuse(const FinetuneSetup& s, const Recipe& asked, std::ostream& log) {
   const FitReport& fit = s.fit;
   if (fit.pinned_budget_bytes > 0 && fit.pinned_bytes() > fit.pinned_budget_bytes) {
@@ -466,8 +468,16 @@ int refuse(const FinetuneSetup& s, const Recipe& asked, std::ostream& log) {
                                                    : "this machine has";
   log << "nibble: the run needs " << (chosen ? "at least " : "")
       << size_text(fit.total_bytes() + fit.context_bytes) << ", " << source << " "
-      << size_text(fit.budget_bytes) << "; try " << (chosen ? "" : "--storage auto, ")
-      << "a smaller --micro-batch or --seq, or a lower --rank\n";
+      << size_text(fit.budget_bytes);
+  const std::vector<Alternative> instead = alternatives(asked, s.recipe, s.plans_only, 3);
+  log << (instead.empty() ? "; no --micro-batch, --rank or --seq makes it fit\n"
+                          : "; this fits:\n");
+  for (const Alternative& a : instead) {
+    log << "  " << a.command << "\n    " << size_text(a.fit.total_bytes()) << ", storage "
+        << a.fit.storage;
+    if (a.fit.tokens_per_s > 0) log << format(", %.0f tokens/s predicted", a.fit.tokens_per_s);
+    log << "\n";
+  }
   return 1;
 }
 

@@ -267,14 +267,7 @@ nlohmann::ordered_json to_json(const Recipe& r) {
           {"keep_checkpoints", r.keep_checkpoints}};
 }
 
-std::vector<std::string> config_flags(const std::string& path) {
-  nlohmann::ordered_json config;
-  try {
-    config = nlohmann::ordered_json::parse(os::read_file(path));
-  } catch (const nlohmann::json::exception& e) {
-    throw Error(path + ": " + e.what());
-  }
-  if (!config.is_object()) throw Error(path + ": not a JSON object of flags");
+std::vector<std::string> recipe_flags(const nlohmann::ordered_json& config) {
   std::vector<std::string> flags;
   const Recipe unset_recipe;
   const nlohmann::ordered_json defaults = to_json(unset_recipe);
@@ -299,6 +292,17 @@ std::vector<std::string> config_flags(const std::string& path) {
     }
   }
   return flags;
+}
+
+std::vector<std::string> config_flags(const std::string& path) {
+  nlohmann::ordered_json config;
+  try {
+    config = nlohmann::ordered_json::parse(os::read_file(path));
+  } catch (const nlohmann::json::exception& e) {
+    throw Error(path + ": " + e.what());
+  }
+  if (!config.is_object()) throw Error(path + ": not a JSON object of flags");
+  return recipe_flags(config);
 }
 
 std::vector<std::string> recipe_differences(const nlohmann::ordered_json& before,

@@ -58,7 +58,9 @@ nlohmann::ordered_json to_json(const Recipe& recipe);
 // The member of a run's config.json that is no flag: which rows --data held.
 constexpr const char* kDataRead = "data_read";
 
-// The flags that a config.json stands for: {"--rank", "16", ...}.
+// The flags that a recipe or a config.json stands for: {"--rank", "16", ...}; those left at
+// their defaults are left out.
+std::vector<std::string> recipe_flags(const nlohmann::ordered_json& recipe);
 std::vector<std::string> config_flags(const std::string& path);
 
 // One line per flag that differs and changes the result: "--lr was 0.0002, is 0.0001". More steps,

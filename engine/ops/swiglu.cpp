@@ -100,6 +100,7 @@ extern const OpDef swiglu_backward_op{.name = "swiglu_backward",
                                       .infer = infer_backward,
                                       .reference = reference_backward,
                                       .samples = samples_backward,
-                                      .in_place = 0b111};
+                                      .in_place = 0b111,
+                                      .in_place_1 = 0b111};
 
 }  // namespace nibble

@@ -63,23 +63,37 @@ void check_reference(const Case& c, const OpGraph& built, const Result& result,
   }
 }
 
-// Output 0 in the memory of each input that it may overwrite.
+// Outputs 0 and 1 in the memory of each input that they may overwrite, and both at once.
 void check_in_place(const OpGraph& built, Backend& backend, const std::vector<Bytes>& inputs,
                     const Result& plain, Problems& problems) {
   const Node& node = built.graph->node(built.output.node);
-  for (int i = 0; i < node.n_inputs; ++i) {
-    if ((op_def(node.op).in_place >> i & 1) == 0) continue;
-    const Ref in = node.inputs[static_cast<std::size_t>(i)];
-    if (bytes(built.graph->type(in)) != bytes(node.outputs[0])) continue;
+  const OpDef& def = op_def(node.op);
+  const auto allowed = [&](int output, int i) {
+    if (((output == 0 ? def.in_place : def.in_place_1) >> i & 1) == 0) return false;
+    return bytes(built.graph->type(node.inputs[static_cast<std::size_t>(i)])) ==
+           bytes(node.outputs[static_cast<std::size_t>(output)]);
+  };
+  const auto check = [&](int first, int second) {  // by output: an input, or -1
     Plan plan = make_plan(*built.graph, backend);
-    plan.locations[static_cast<std::size_t>(built.output.node)][0] = plan.at(in);
+    auto& locations = plan.locations[static_cast<std::size_t>(built.output.node)];
+    if (first >= 0) locations[0] = plan.at(node.inputs[static_cast<std::size_t>(first)]);
+    if (second >= 0) locations[1] = plan.at(node.inputs[static_cast<std::size_t>(second)]);
+    const std::string where = "in the memory of inputs " + std::to_string(first) + " and " +
+                              std::to_string(second) + " (-1: none) it ";
     GuardedRun run(backend, plan, inputs);
     run.run();
     if (collect(run, *built.graph, built.output.node).outputs != plain.outputs) {
-      problems.push_back("in the memory of input " + std::to_string(i) + " it gives other bytes");
+      problems.push_back(where + "gives other bytes");
     }
     if (const std::string damage = run.damage(); !damage.empty()) {
-      problems.push_back("in the memory of input " + std::to_string(i) + " it " + damage);
+      problems.push_back(where + damage);
+    }
+  };
+  for (int i = 0; i < node.n_inputs; ++i) {
+    if (allowed(0, i)) check(i, -1);
+    for (int k = 0; k < node.n_inputs; ++k) {
+      if (i == 0 && allowed(1, k)) check(-1, k);
+      if (k != i && allowed(0, i) && allowed(1, k)) check(i, k);
     }
   }
 }

@@ -63,10 +63,11 @@ class Owners {
     }
     return false;
   }
-  // Inputs whose memory output 0 takes over by the op's own rules.
-  bool may_share(const Node& n, int i) const {
+  // Inputs whose memory an output takes over by the op's own rules.
+  bool may_share(const Node& n, int i, int output) const {
     const OpDef& def = op_def(n.op);
-    return ((def.updates | def.in_place) >> i & 1) != 0;
+    const int allowed = output == 0 ? def.updates | def.in_place : output == 1 ? def.in_place_1 : 0;
+    return (allowed >> i & 1) != 0;
   }
 
   std::string write_outputs(std::int32_t id, const Backend& backend) {
@@ -105,7 +106,7 @@ class Owners {
       const Ref in = n.inputs[static_cast<std::size_t>(i)];
       if (plan_.at(in).kind != Location::Kind::arena || !w.range.meets(range_of(in))) continue;
       const bool whole = w.range.begin == range_of(in).begin && w.range.end == range_of(in).end;
-      if (!(w.owner == Ref{id, 0}) || !may_share(n, i) || !whole) {
+      if (w.owner.node != id || !may_share(n, i, w.owner.output) || !whole) {
         return "overwrites its input " + std::to_string(i);
       }
     }
