@@ -78,12 +78,12 @@ void vjp(VjpArgs& args) {
   const float scale = args.node().get<LinearParams>().scale;
   const Tensor dy = args.grad(0);
   if (!dy) return;
-  if (args.wants(0)) args.add(0, linear_dx(dy, args.in(1), scale));
-  if (!args.wants(1)) return;
-  if (!args.is_parameter(1)) {
+  if (args.wants(1) && !args.is_parameter(1)) {
     throw ShapeError("linear: w is computed by an op; its gradient exists only for a parameter");
   }
-  args.accumulated(1, linear_dw(args.accumulator(1), args.in(0), dy, scale));
+  // dx last: x, often read for the last time here, is gone by then.
+  if (args.wants(1)) args.accumulated(1, linear_dw(args.accumulator(1), args.in(0), dy, scale));
+  if (args.wants(0)) args.add(0, linear_dx(dy, args.in(1), scale));
 }
 
 void reference(const ReferenceArgs& args) {

@@ -161,18 +161,20 @@ void vjp(VjpArgs& args) {
                        " is computed by an op; its gradient exists only for a parameter");
     }
   }
+  Tensor du;
   if (args.wants(0) || args.wants(2)) {
-    Tensor du = linear_dx(dy, args.in(3), params.scale);
+    du = linear_dx(dy, args.in(3), params.scale);
     if (from_u) du = add(du, from_u);
-    if (args.wants(0)) args.add(0, lora_linear_dx(dy, args.in(1), du, args.in(2), dropout));
-    if (args.wants(2)) {
-      args.accumulated(2, lora_linear_da(args.accumulator(2), args.in(0), du, dropout));
-    }
+  }
+  // dx last: x, often read for the last time here, is gone by then.
+  if (args.wants(2)) {
+    args.accumulated(2, lora_linear_da(args.accumulator(2), args.in(0), du, dropout));
   }
   if (args.wants(1)) args.accumulated(1, linear_dw(args.accumulator(1), args.in(0), dy));
   if (args.wants(3)) {
     args.accumulated(3, linear_dw(args.accumulator(3), args.out(1), dy, params.scale));
   }
+  if (args.wants(0)) args.add(0, lora_linear_dx(dy, args.in(1), du, args.in(2), dropout));
 }
 
 // m[t,c]: what dropout multiplies element (t, c) by. `first` is the input that holds rng.
