@@ -18,7 +18,7 @@ train() {  # train SHAPE BATCH SEQUENCE RANK STORAGE STEPS FLAG...
 }
 train llama3-8b 2 2048 16 auto 20 --memory 24GiB
 train llama3-8b 2 2048 16 store 20 --method lora
-train llama2-7b 4 2048 64 block 10 --memory 10.54GiB
+train llama2-7b 4 2048 64 block 10 --memory 10.65GiB
 train llama2-7b 1 512 64 store 40 --memory 9.4GiB
 train llama3.2-1b 2 2048 16 store 40
 train smollm2-135m 4 512 16 store 100
