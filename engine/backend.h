@@ -111,6 +111,10 @@ class Backend {
   virtual std::unique_ptr<Executable> compile(const Plan& plan, const Bindings& bindings) = 0;
 };
 
+// Throws OutOfMemory when `bytes` more would pass `limit`; 0: no limit.
+void check_memory_limit(std::string_view purpose, std::int64_t bytes, std::int64_t allocated,
+                        std::int64_t limit);
+
 // The types and params of node `id` as a call without addresses.
 OpCall describe(const Graph& graph, std::int32_t id);
 

@@ -87,9 +87,9 @@ struct OpDef {
   std::uint8_t updates = 0;
   // Bit i: the memory of input i is written as well, and no node reads its old version afterwards.
   std::uint8_t also_writes = 0;
-  // Bit i: output 0 MAY reuse the memory of input i when that input dies here.
-  std::uint8_t in_place = 0;
-  std::uint8_t in_place_1 = 0;  // the same of output 1, and another input
+  // By output, bit i: it MAY reuse the memory of input i when that input dies here and no earlier
+  // output has taken it.
+  std::array<std::uint8_t, Node::kMaxOutputs> in_place{};
   // Cheap enough to recompute rather than store (Rung::cheap).
   bool cheap = false;
   // Bit o: output o is stored on every rung, because it is small and the op is dear to repeat.

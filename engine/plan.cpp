@@ -153,11 +153,12 @@ class Planner {
     const OpDef& def = op_def(n.op);
     const int updated = updated_input(def);
     if (output == 0 && updated >= 0) return updated;
-    const int allowed = output == 0 ? def.in_place : output == 1 ? def.in_place_1 : 0;
     for (int i = 0; i < n.n_inputs; ++i) {
-      if ((allowed >> i & 1) == 0) continue;
+      if ((def.in_place[index(output)] >> i & 1) == 0) continue;
       const Ref in = n.inputs[index(i)];
-      if (output == 1 && storage_[index(in.node)][index(in.output)] == storage_[index(id)][0]) {
+      const PerOutput& taken = storage_[index(id)];
+      const std::int32_t storage = storage_[index(in.node)][index(in.output)];
+      if (std::find(taken.begin(), taken.begin() + output, storage) != taken.begin() + output) {
         continue;
       }
       if (plan_.at(in).kind != Location::Kind::arena) continue;
@@ -213,6 +214,14 @@ class Planner {
 };
 
 }  // namespace
+
+void check_memory_limit(std::string_view purpose, std::int64_t bytes, std::int64_t allocated,
+                        std::int64_t limit) {
+  if (limit == 0 || allocated + bytes <= limit) return;
+  throw OutOfMemory(std::string(purpose) + ": " + std::to_string(bytes) + " bytes do not fit; " +
+                        std::to_string(allocated) + " of " + std::to_string(limit) + " are in use",
+                    allocated + bytes, limit);
+}
 
 Plan make_plan(const Graph& graph, const Backend& backend, Layout layout) {
   return Planner(graph, backend, layout).run();

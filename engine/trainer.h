@@ -106,7 +106,6 @@ class Trainer {
   // Bytes that paging one element moves out of device memory.
   std::int64_t pageable_bytes_per_element() const;
   std::int64_t paged_elements() const { return parameters_.elements() - resident_; }
-  std::int64_t page_elements() const { return page_; }
 
  private:
   // A flat array: elements below resident_ in device memory, the rest on the host.

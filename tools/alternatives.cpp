@@ -1,6 +1,5 @@
 #include "tools/alternatives.h"
 
-#include <algorithm>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
@@ -36,62 +35,48 @@ std::string command_line(const Recipe& r) {
   return line;
 }
 
-// From what changes no result to what changes it most.
-std::vector<Recipe> variations(const Recipe& asked, const Recipe& resolved) {
-  std::vector<Recipe> all;
+// Ways to need less, each from the smallest change on.
+std::vector<std::vector<Recipe>> variations(const Recipe& asked, const Recipe& resolved) {
   Recipe next = asked;
   next.storage = "auto";
-  if (asked.storage != "auto") all.push_back(next);
-  // Microbatches only split a step.
   next.accumulation = 0;
-  for (std::int64_t rows = std::max<std::int64_t>(resolved.micro_batch, 1); rows > 1;) {
+  std::vector<Recipe> same_result = {next};  // microbatches only split a step
+  for (std::int64_t rows = resolved.micro_batch > 0 ? resolved.micro_batch : asked.batch;
+       rows > 1;) {
     rows = (rows + 1) / 2;
     next.micro_batch = rows;
-    all.push_back(next);
+    same_result.push_back(next);
   }
-  next.micro_batch = 1;
-  if (resolved.micro_batch == 0) all.push_back(next);
-  const Recipe smallest = next;
+  std::vector<Recipe> lower_ranks, shorter_rows;
   for (std::int64_t rank = resolved.rank / 2; rank >= 4 && asked.adapter.empty(); rank /= 2) {
-    next.rank = rank;
-    all.push_back(next);
+    lower_ranks.push_back(next);
+    lower_ranks.back().rank = rank;
   }
-  next = smallest;
   for (std::int64_t length = resolved.sequence / 2; length >= 64; length /= 2) {
-    next.sequence = length;
-    next.truncate = !asked.data.empty();
-    all.push_back(next);
+    shorter_rows.push_back(next);
+    shorter_rows.back().sequence = length;
+    shorter_rows.back().truncate = !asked.data.empty();
   }
-  return all;
+  return {same_result, lower_ranks, shorter_rows};
 }
 
 }  // namespace
 
-std::vector<Alternative> alternatives(const Recipe& asked, const Recipe& resolved, bool plans_only,
-                                      std::size_t most) {
+std::vector<Alternative> alternatives(const Recipe& asked, const Recipe& resolved,
+                                      bool plans_only) {
   std::vector<Alternative> found;
-  std::int64_t last_sequence = 0, last_rank = 0;
-  for (const Recipe& recipe : variations(asked, resolved)) {
-    if (found.size() == most) break;
-    // One of each kind: what is smaller still fits as well.
-    if (!found.empty() && recipe.sequence == last_sequence && recipe.rank == last_rank) continue;
-    try {
+  for (const std::vector<Recipe>& way : variations(asked, resolved)) {
+    for (const Recipe& recipe : way) {
       std::ostringstream quiet;
-      const FinetuneSetup setup = set_up(recipe, quiet, plans_only);
+      FinetuneSetup setup;
+      try {
+        setup = set_up(recipe, quiet, plans_only);
+      } catch (const Error&) {
+        continue;  // a sequence too short for a row, say
+      }
       if (!setup.fit.fits()) continue;
-      const bool shorter = recipe.sequence != asked.sequence, lower = recipe.rank != asked.rank;
-      const bool have_shorter = std::any_of(found.begin(), found.end(), [&](const Alternative& a) {
-        return a.recipe.sequence != asked.sequence;
-      });
-      const bool have_lower = std::any_of(found.begin(), found.end(), [&](const Alternative& a) {
-        return a.recipe.rank != asked.rank;
-      });
-      if ((shorter && have_shorter) || (lower && have_lower)) continue;
-      found.push_back({recipe, setup.fit, command_line(recipe)});
-      last_sequence = recipe.sequence;
-      last_rank = recipe.rank;
-    } catch (const Error&) {
-      continue;
+      found.push_back({setup.fit, command_line(recipe)});
+      break;
     }
   }
   return found;

@@ -10,14 +10,12 @@
 namespace nibble {
 
 struct Alternative {
-  Recipe recipe;
   FitReport fit;
   std::string command;  // complete, for a shell
 };
 
-// At most `most` variations of `asked` that fit, each planned: those that change least first.
-// `plans_only` as for set_up(). A variation that cannot be set up is left out.
-std::vector<Alternative> alternatives(const Recipe& asked, const Recipe& resolved, bool plans_only,
-                                      std::size_t most);
+// Variations of `asked` that fit, each planned: one with smaller microbatches, which give the same
+// result, one with a lower rank, one with shorter rows. `plans_only` as for set_up().
+std::vector<Alternative> alternatives(const Recipe& asked, const Recipe& resolved, bool plans_only);
 
 }  // namespace nibble

@@ -271,7 +271,7 @@ int bench_train(const BenchRequest& r, std::ostream& out, std::ostream& log) {
   } else {
     out << ", process peak " << size_text(os::peak_resident_bytes());
   }
-  if (pinned > 0) out << ", " << size_text(pinned) << " page-locked on the host";
+  if (pinned > 0) out << ", " << size_text(pinned) << " on the host";
   if (joules >= 0) out << format(", %.1f J per 1,000 tokens", joules);
   out << "\n";
   if (fit.tokens_per_s > 0) out << format("%.0f tokens/s were predicted\n", fit.tokens_per_s);

@@ -28,7 +28,7 @@ const CardFigures& find_card(const std::string& name);
 std::vector<std::string> card_names();
 std::string card_list();  // "rtx3090, rtx4090, ..."
 
-// Of an opened backend; unknown() for a CPU and for cards that are not in the table.
+// Of an opened backend; not known() for a CPU and for cards that are not in the table.
 DeviceRates device_rates(const BackendInfo& info);
 
 }  // namespace nibble

@@ -316,8 +316,14 @@ class Run {
     const std::int64_t predicted = s_.fit.total_bytes();
     text << "memory     planned " << size_text(predicted) << ", allocated "
          << size_text(s_.backend->allocated_bytes())
-         << (predicted == s_.backend->allocated_bytes() ? " (equal to the byte)" : " (NOT equal)")
-         << "; process peak " << size_text(os::peak_resident_bytes()) << " resident, "
+         << (predicted == s_.backend->allocated_bytes() &&
+                     s_.fit.pinned_bytes() == s_.backend->host_allocated_bytes()
+                 ? " (equal to the byte)"
+                 : " (NOT equal)");
+    if (s_.fit.pinned_bytes() > 0) {
+      text << ", and " << size_text(s_.backend->host_allocated_bytes()) << " on the host";
+    }
+    text << "; process peak " << size_text(os::peak_resident_bytes()) << " resident, "
          << size_text(s_.loaded->mapped_bytes()) << " of it mapped weights at most\n";
     text << "time       " << time_text(train_seconds_) << " training\n";
     text << "loss curve " << directory_.file("loss.png") << "\n";
@@ -327,6 +333,7 @@ class Run {
              {"step", s_.trainer->step()},
              {"peak_bytes", s_.backend->allocated_bytes()},
              {"planned_bytes", predicted},
+             {"host_bytes", s_.backend->host_allocated_bytes()},
              {"seconds", train_seconds_}});
   }
 
@@ -453,6 +460,9 @@ void check_overwrite(const Recipe& r) {
   }
 }
 
+// A prediction, or null where the device's figures are not known.
+Json known(double value) { return value > 0 ? Json(value) : Json(); }
+
 // Says what the run needs, which is the least of all plans unless --storage named one, and what to
 // run instead.
 int refuse(const FinetuneSetup& s, const Recipe& asked, std::ostream& log) {
@@ -469,7 +479,7 @@ int refuse(const FinetuneSetup& s, const Recipe& asked, std::ostream& log) {
   log << "nibble: the run needs " << (chosen ? "at least " : "")
       << size_text(fit.total_bytes() + fit.context_bytes) << ", " << source << " "
       << size_text(fit.budget_bytes);
-  const std::vector<Alternative> instead = alternatives(asked, s.recipe, s.plans_only, 3);
+  const std::vector<Alternative> instead = alternatives(asked, s.recipe, s.plans_only);
   log << (instead.empty() ? "; no --micro-batch, --rank or --seq makes it fit\n"
                           : "; this fits:\n");
   for (const Alternative& a : instead) {
@@ -508,9 +518,6 @@ int finetune(const Recipe& recipe, std::ostream& out, std::ostream& log) {
   log << "run        " << directory.path() << "\n";
   return Run(std::move(setup), std::move(directory), out, log).execute();
 }
-
-// A prediction, or null where the device's figures are not known.
-static Json known(double value) { return value > 0 ? Json(value) : Json(); }
 
 int fit(const Recipe& recipe, std::ostream& out, std::ostream& log) {
   const FinetuneSetup setup = set_up(recipe, log, true);

@@ -311,10 +311,7 @@ void open_setup_model(FinetuneSetup& s) {
   if (s.plans_only && !r.card.empty()) {
     s.backend = open_planning_backend(r.where, find_card(r.card));
   } else {
-    const std::int64_t limit = !r.memory.empty() ? parse_size(r.memory, "--memory")
-                               : !r.card.empty() ? find_card(r.card).memory_bytes
-                                                 : 0;
-    s.backend = open_backend(r.where, limit, host_budget(r));
+    s.backend = open_backend(r.where, device_cap(r).value_or(0), host_budget(r));
   }
   r.compute = resolve_compute(r.compute, s.backend->info());
   LoadOptions load = load_options(r);

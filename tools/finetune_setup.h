@@ -4,6 +4,7 @@
 
 #include <iosfwd>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -63,6 +64,8 @@ FinetuneSetup set_up(const Recipe& recipe, std::ostream& log, bool plans_only = 
 void open_setup_model(FinetuneSetup& setup);
 void plan_model(FinetuneSetup& setup, std::int64_t sample_context);
 
+// Bytes that --memory or --card allow on the device; none: neither was given.
+std::optional<std::int64_t> device_cap(const Recipe& recipe);
 // Bytes of the host that a run may page-lock.
 std::int64_t host_budget(const Recipe& recipe);
 

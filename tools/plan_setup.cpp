@@ -30,10 +30,14 @@ enum class Plans { draft, all };
 // What the run may take on the device.
 std::int64_t budget(const FinetuneSetup& s) {
   const BackendInfo info = s.backend->info();
-  if (!s.recipe.memory.empty()) return parse_size(s.recipe.memory, "--memory");
-  if (!s.recipe.card.empty()) return find_card(s.recipe.card).memory_bytes;
   // Main memory is shared with everything else; a card's is what was free.
-  return is_cuda(info) ? info.memory_bytes : info.memory_bytes / 10 * 8;
+  return device_cap(s.recipe).value_or(is_cuda(info) ? info.memory_bytes
+                                                     : info.memory_bytes / 10 * 8);
+}
+
+// Bytes too many, of the last plan.
+std::int64_t excess(const FinetuneSetup& s) {
+  return s.fit.total_bytes() + s.fit.context_bytes - budget(s);
 }
 
 void predict_speed(FinetuneSetup& s) {
@@ -86,12 +90,13 @@ void plan_policy(FinetuneSetup& s, const Policy& policy, std::int64_t sample_con
   if (s.loaded->mapped_bytes() > 0)
     s.fit.host.push_back({"weights mapped", s.loaded->mapped_bytes()});
   // Free memory was read when the context was there.
-  const bool capped = !r.memory.empty() || !r.card.empty();
+  const bool capped = device_cap(r).has_value();
   if (capped && is_cuda(s.backend->info())) s.fit.context_bytes = kContextBytes;
   s.fit.pinned_budget_bytes = host_budget(r);
   // A limit that nobody set matters where it is exceeded.
-  s.fit.budget_bytes = budget(s);
-  if (!capped && s.fit.total_bytes() <= s.backend->info().memory_bytes) s.fit.budget_bytes = 0;
+  if (capped || s.fit.total_bytes() > s.backend->info().memory_bytes) {
+    s.fit.budget_bytes = budget(s);
+  }
   predict_speed(s);
 }
 
@@ -106,9 +111,8 @@ class Chooser {
       const Policy policy = forced ? with_storage(*forced) : fastest();
       const bool draft_fits = excess_ <= 0;
       plan_policy(s_, policy, sample_context_, Plans::all);
-      const std::int64_t excess = s_.fit.total_bytes() + s_.fit.context_bytes - budget(s_);
-      if (!draft_fits || excess <= 0) return;
-      margin_ += 2 * excess + kMargin;  // another policy, another layout
+      if (!draft_fits || excess(s_) <= 0) return;
+      margin_ += 2 * excess(s_) + kMargin;  // another policy, another layout
     }
   }
 
@@ -117,28 +121,30 @@ class Chooser {
   Policy with_storage(const StoragePolicy& storage) {
     Policy policy{.storage = storage};
     plan(policy);
-    policy.embedding_on_host = excess_ > 0;
-    if (policy.embedding_on_host) plan(policy);
+    if (excess_ <= 0) return policy;
+    policy.embedding_on_host = embedding_may_leave(policy);
+    plan(policy);
     page(policy);
     return policy;
   }
 
   // The fastest policy that fits; the leanest when none does. Where everything cannot stay, the
   // embedding table leaves first, of which a step reads a few rows. What may leave next are the
-  // optimizer's arrays, block inputs, and both; the blocks then keep as much as there is room for.
+  // optimizer's arrays, activations, and both; the blocks then keep as much as there is room for.
   Policy fastest() {
-    embedding_on_host_ = false;
-    plan({});
-    if (excess_ <= 0) return {};
-    embedding_on_host_ = true;
     Policy best;
-    std::int64_t best_excess = INT64_MAX;
-    double best_seconds = 0;
+    plan(best);
+    if (excess_ <= 0) return best;
+    best.embedding_on_host = embedding_may_leave(best);
+    plan(best);
+    if (excess_ <= 0 || s_.without_adapter) return best;
+    std::int64_t best_excess = excess_;
+    double best_seconds = seconds();
     for (const Offload offload :
          {Offload::none, Offload::inputs, Offload::attention, Offload::gate}) {
       for (const bool pages : {false, true}) {
         if (pages && pageable() == 0) continue;
-        Policy policy = search(offload, pages ? pageable() : 0);
+        Policy policy = search(offload, best.embedding_on_host, pages ? pageable() : 0);
         if (pages) page(policy);
         const double needed = seconds();
         const bool better = best_excess > 0 ? excess_ < best_excess
@@ -147,18 +153,21 @@ class Chooser {
         best = policy;
         best_excess = excess_;
         best_seconds = needed;
-        if (best_excess <= 0 && policy.storage == StoragePolicy{}) break;
       }
-      if (best_excess <= 0 && best.storage == StoragePolicy{} && best.paged == 0) break;
     }
     excess_ = best_excess;
     return best;
   }
 
+  bool embedding_may_leave(Policy policy) {
+    policy.embedding_on_host = true;
+    plan(policy);
+    return pinned_fits();
+  }
   bool pinned_fits() const { return s_.fit.pinned_bytes() <= s_.fit.pinned_budget_bytes; }
   void plan(const Policy& policy) {
     plan_policy(s_, policy, sample_context_, Plans::draft);
-    excess_ = s_.fit.total_bytes() + s_.fit.context_bytes + margin_ - budget(s_);
+    excess_ = excess(s_) + margin_;
   }
   std::int64_t pageable() const {
     if (s_.without_adapter) return 0;
@@ -187,14 +196,14 @@ class Chooser {
   // The fastest storage that fits with `room` bytes more than there are: the rungs from the fastest
   // to the leanest, and between the last that does not fit and the first that does as few lean
   // blocks as possible. Bytes are all but linear in their number, so that a few plans find it.
-  Policy search(Offload offload, std::int64_t room) {
+  Policy search(Offload offload, bool embedding_on_host, std::int64_t room) {
     const auto too_many = [&](const StoragePolicy& storage) {
-      plan({.storage = storage, .embedding_on_host = embedding_on_host_});
+      plan({.storage = storage, .embedding_on_host = embedding_on_host});
       return excess_ - room;
     };
     Policy found;
     found.storage.offload = offload;
-    found.embedding_on_host = embedding_on_host_;
+    found.embedding_on_host = embedding_on_host;
     std::int64_t over = too_many(found.storage);
     for (const auto& [fast, lean] :
          {std::pair{Rung::store, Rung::cheap}, {Rung::cheap, Rung::block}}) {
@@ -230,10 +239,15 @@ class Chooser {
   std::int64_t sample_context_;
   std::int64_t excess_ = 0;  // bytes too many, of the last plan
   std::int64_t margin_ = 0;  // what drafts came out too small by
-  bool embedding_on_host_ = false;
 };
 
 }  // namespace
+
+std::optional<std::int64_t> device_cap(const Recipe& recipe) {
+  if (!recipe.memory.empty()) return parse_size(recipe.memory, "--memory");
+  if (!recipe.card.empty()) return find_card(recipe.card).memory_bytes;
+  return {};
+}
 
 std::int64_t host_budget(const Recipe& recipe) {
   if (!recipe.host_memory.empty()) return parse_size(recipe.host_memory, "--host-memory");
@@ -254,7 +268,8 @@ void plan_model(FinetuneSetup& s, std::int64_t sample_context) {
       throw Error("--storage " + r.storage +
                   ": write auto, store, cheap or block, or cheap:N+store, " +
                   "block:N+cheap or block:N+store for the first N of the " +
-                  std::to_string(s.loaded->config().layers) + " blocks");
+                  std::to_string(s.loaded->config().layers) +
+                  " blocks; \",offload:inputs\", \":attention\" or \":gate\" may follow");
     }
   }
   Chooser(s, sample_context).run(forced);
@@ -268,8 +283,8 @@ void print_fit(const FitReport& fit, std::ostream& out) {
   }
   out << " storage " << fit.storage << "\n";
   for (const FitReport::Line& line : fit.pinned) {
-    out << "           " << line.name << " " << size_text(line.bytes)
-        << " page-locked on the host, of " << size_text(fit.pinned_budget_bytes) << "\n";
+    out << "           " << line.name << " " << size_text(line.bytes) << " on the host, of "
+        << size_text(fit.pinned_budget_bytes) << "\n";
   }
   for (const FitReport::Line& line : fit.host) {
     out << "           " << line.name << " " << size_text(line.bytes) << " (not allocated)\n";
@@ -284,8 +299,9 @@ void print_fit(const FitReport& fit, std::ostream& out) {
                         : "does not fit, " + size_text(excess) + " too much\n");
   }
   if (fit.tokens_per_s > 0) {
-    out << format("speed      %.0f tokens/s and %.3g hours predicted\n", fit.tokens_per_s,
-                  fit.hours);
+    out << format("speed      %.0f tokens/s predicted", fit.tokens_per_s);
+    if (fit.hours > 0) out << ", " << time_text(fit.hours * 3600) << " in all";
+    out << "\n";
   }
 }
 

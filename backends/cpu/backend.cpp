@@ -166,12 +166,7 @@ class CpuBackend final : public Backend {
  private:
   static std::unique_ptr<Buffer> make_buffer(std::int64_t bytes, std::string_view purpose,
                                              std::int64_t& allocated, std::int64_t limit) {
-    if (limit > 0 && allocated + bytes > limit) {
-      throw OutOfMemory(std::string(purpose) + ": " + std::to_string(bytes) +
-                            " bytes do not fit; " + std::to_string(allocated) + " of " +
-                            std::to_string(limit) + " are in use",
-                        allocated + bytes, limit);
-    }
+    check_memory_limit(purpose, bytes, allocated, limit);
     try {
       return std::make_unique<CpuBuffer>(bytes, allocated);
     } catch (const std::bad_alloc&) {

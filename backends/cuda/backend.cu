@@ -181,12 +181,7 @@ class CudaBackend final : public CardBackend {
 
   std::unique_ptr<Buffer> allocate(std::int64_t bytes, std::string_view purpose) override {
     refuse_if_poisoned();
-    if (limit_ > 0 && allocated_ + bytes > limit_) {
-      throw OutOfMemory(std::string(purpose) + ": " + std::to_string(bytes) +
-                            " bytes do not fit; " + std::to_string(allocated_) + " of " +
-                            std::to_string(limit_) + " are in use",
-                        allocated_ + bytes, limit_);
-    }
+    check_memory_limit(purpose, bytes, allocated_, limit_);
     try {
       check(cudaSetDevice(device_), "cudaSetDevice");
       return std::make_unique<DeviceBuffer>(bytes, allocated_);
@@ -206,12 +201,7 @@ class CudaBackend final : public CardBackend {
   }
   std::int64_t allocated_bytes() const override { return allocated_; }
   std::unique_ptr<Buffer> allocate_host(std::int64_t bytes, std::string_view purpose) override {
-    if (host_limit_ > 0 && host_allocated_ + bytes > host_limit_) {
-      throw OutOfMemory(std::string(purpose) + ": " + std::to_string(bytes) +
-                            " bytes of host memory do not fit; " + std::to_string(host_allocated_) +
-                            " of " + std::to_string(host_limit_) + " are in use",
-                        host_allocated_ + bytes, host_limit_);
-    }
+    check_memory_limit(purpose, bytes, host_allocated_, host_limit_);
     std::unique_ptr<Buffer> buffer;
     guarded([&] { buffer = std::make_unique<PinnedBuffer>(bytes, purpose, host_allocated_); });
     return buffer;

@@ -188,13 +188,13 @@ extern const OpDef add_op{.name = "add",
                           .vjp = vjp_add,
                           .reference = reference_add,
                           .samples = samples_add,
-                          .in_place = 0b11};
+                          .in_place = {0b11}};
 extern const OpDef scale_op{.name = "scale",
                             .infer = infer_scale,
                             .vjp = vjp_scale,
                             .reference = reference_scale,
                             .samples = samples_scale,
-                            .in_place = 0b01};
+                            .in_place = {0b01}};
 extern const OpDef fill_op{
     .name = "fill", .infer = infer_fill, .reference = reference_fill, .samples = samples_fill};
 extern const OpDef accumulate_op{.name = "accumulate",

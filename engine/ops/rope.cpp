@@ -108,7 +108,7 @@ extern const OpDef rope_op{.name = "rope",
                            .vjp = vjp,
                            .reference = reference,
                            .samples = samples,
-                           .in_place = 0b001,
+                           .in_place = {0b001},
                            .cheap = true};
 
 }  // namespace nibble

@@ -94,13 +94,12 @@ extern const OpDef swiglu_op{.name = "swiglu",
                              .vjp = vjp,
                              .reference = reference,
                              .samples = samples,
-                             .in_place = 0b11,
+                             .in_place = {0b11},
                              .cheap = true};
 extern const OpDef swiglu_backward_op{.name = "swiglu_backward",
                                       .infer = infer_backward,
                                       .reference = reference_backward,
                                       .samples = samples_backward,
-                                      .in_place = 0b111,
-                                      .in_place_1 = 0b111};
+                                      .in_place = {0b111, 0b111}};
 
 }  // namespace nibble

@@ -68,5 +68,26 @@ check "rows as the trainer sees them" grep -q "EOS is trained in 296 rows" <("$n
 check "inspect a model" grep -q '"kind":"model"' <("$nibble" inspect tiny --json)
 check "inspect an adapter" grep -q "LoRA adapter, 28 linears" <("$nibble" inspect "$scratch/run/adapter.gguf")
 check "fit as JSON" grep -q '"fits":true' <("$nibble" fit --model tiny --data $rows --json 2>/dev/null)
+# What a refusal offers, run through fit.
+"$nibble" finetune --model tiny --data $rows --rank 64 --memory 14M 2>"$scratch/offers" >"$scratch/out"
+grep -o "nibble finetune .*" "$scratch/offers" | sed 's/^nibble finetune/fit/' >"$scratch/lines"
+check "a run that does not fit offers others" test -s "$scratch/lines"
+while read -r line; do
+  # shellcheck disable=SC2086
+  check "an offer fits: $line" exits 0 "storage" "$nibble" $line
+done <"$scratch/lines"
+# Planning for a card that need not be there takes libnibble-cuda alone.
+if [ -e "$(dirname "$nibble")/../backends/cuda/libnibble-cuda.so" ]; then
+  cat >"$scratch/shape.json" <<'SHAPE'
+{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+ "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+ "max_position_embeddings": 131072, "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "tie_word_embeddings": false}
+SHAPE
+  card=("$nibble" fit --model "random:$scratch/shape.json" --card rtx4090 --seq 2048 --batch 2 --steps 10)
+  check "a card that is not there is planned for" grep -q "tokens/s predicted" <("${card[@]}" 2>/dev/null)
+  check "what may not leave for the host stays" exits 0 "storage cheap:[0-9]*+store," "${card[@]}" --host-memory 100M
+else
+  echo "skipped: --card: libnibble-cuda is not built"
+fi
 check "version" grep -q "^nibble [0-9]" <("$nibble" --version)
 finish

@@ -69,7 +69,7 @@ void check_in_place(const OpGraph& built, Backend& backend, const std::vector<By
   const Node& node = built.graph->node(built.output.node);
   const OpDef& def = op_def(node.op);
   const auto allowed = [&](int output, int i) {
-    if (((output == 0 ? def.in_place : def.in_place_1) >> i & 1) == 0) return false;
+    if ((def.in_place[static_cast<std::size_t>(output)] >> i & 1) == 0) return false;
     return bytes(built.graph->type(node.inputs[static_cast<std::size_t>(i)])) ==
            bytes(node.outputs[static_cast<std::size_t>(output)]);
   };

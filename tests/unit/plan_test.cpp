@@ -66,8 +66,8 @@ class Owners {
   // Inputs whose memory an output takes over by the op's own rules.
   bool may_share(const Node& n, int i, int output) const {
     const OpDef& def = op_def(n.op);
-    const int allowed = output == 0 ? def.updates | def.in_place : output == 1 ? def.in_place_1 : 0;
-    return (allowed >> i & 1) != 0;
+    const int updates = output == 0 ? def.updates : 0;
+    return ((updates | def.in_place[static_cast<std::size_t>(output)]) >> i & 1) != 0;
   }
 
   std::string write_outputs(std::int32_t id, const Backend& backend) {
