@@ -1,5 +1,8 @@
 #include "engine/autograd.h"
 
+#include <map>
+#include <utility>
+
 #include "engine/error.h"
 #include "engine/op.h"
 #include "engine/ops.h"
@@ -8,6 +11,58 @@ namespace nibble {
 namespace {
 
 std::size_t index(std::int32_t i) { return static_cast<std::size_t>(i); }
+
+// How many groups ahead of the one that is read come back from the host: activations take much
+// memory, and a block's time is enough for them.
+constexpr std::int64_t kActivationsAhead = 1, kWeightsAhead = 2;
+
+// Values in host memory that come back for the backward pass, in reverse order, group by group.
+class Returning {
+ public:
+  Returning(Graph& graph, std::span<const Graph::OnHost> values, std::int64_t ahead)
+      : graph_(graph),
+        values_(values),
+        ahead_(ahead),
+        brought_(values.size()),
+        waiting_(values.size()) {
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      number_[{values[i].value.node, values[i].value.output}] = i;
+      const bool next_group = i > 0 && values[i].group != values[i - 1].group;
+      group_.push_back(i == 0 ? 0 : group_.back() + (next_group ? 1 : 0));
+    }
+  }
+
+  // The last groups start to come.
+  void start() {
+    if (waiting_ > 0) bring(group_.back() - ahead_ + 1);
+  }
+
+  // The value as it came back, or an empty Tensor when it never left. The groups before its own
+  // start to come.
+  Tensor find(Ref ref) {
+    const auto found = number_.find({ref.node, ref.output});
+    if (found == number_.end()) return {};
+    bring(group_[found->second] - ahead_);
+    return brought_[found->second];
+  }
+
+ private:
+  // All groups from this one on.
+  void bring(std::int64_t group) {
+    while (waiting_ > 0 && group_[waiting_ - 1] >= group) {
+      --waiting_;
+      brought_[waiting_] = page_in(graph_.tensor(values_[waiting_].page));
+    }
+  }
+
+  Graph& graph_;
+  std::span<const Graph::OnHost> values_;
+  std::int64_t ahead_;
+  std::vector<std::int64_t> group_;  // by value: 0, 1, ... whatever the caller's numbers are
+  std::map<std::pair<std::int32_t, std::int32_t>, std::size_t> number_;
+  std::vector<Tensor> brought_;
+  std::size_t waiting_;  // the first so many have not come back
+};
 
 // One walk over the forward nodes in reverse. Holds the gradients so far, the recomputing clones
 // and the parameter accumulators, and is what gradient rules see as VjpArgs.
@@ -20,8 +75,8 @@ class Walker final : public VjpArgs {
         clones_(index(forward_), -1),
         boundary_(index(forward_)),
         accumulators_(index(forward_)),
-        waiting_(graph.offloaded().size()),
-        brought_(waiting_) {
+        offloaded_(graph, graph.offloaded(), kActivationsAhead),
+        streamed_(graph, graph.streamed(), kWeightsAhead) {
     find_boundary();
   }
 
@@ -35,7 +90,8 @@ class Walker final : public VjpArgs {
   }
 
   Backward walk() {
-    if (waiting_ > 0) bring_in(graph_.offloaded().back().group);
+    offloaded_.start();
+    streamed_.start();
     for (current_ = forward_ - 1; current_ >= 0; --current_) {
       const Node& n = graph_.node(current_);
       if (n.kind != NodeKind::op || !n.needs_grad || !has_gradient(current_)) continue;
@@ -117,34 +173,20 @@ class Walker final : public VjpArgs {
         return false;
       case Rung::cheap:
         return def.cheap;
+      case Rung::attention:
+        return !def.dear;
       case Rung::block:
         return true;
     }
     return false;
   }
 
-  // Offloaded values come back in reverse order, group by group. When one is read, the group before
-  // its own starts to come.
-  void bring_in(std::int64_t group) {
-    while (waiting_ > 0 && graph_.offloaded()[waiting_ - 1].group >= group) {
-      --waiting_;
-      brought_[waiting_] = page_in(graph_.tensor(graph_.offloaded()[waiting_].page));
-    }
-  }
-  Tensor offloaded(Ref ref) {
-    const std::span<const Graph::Offloaded> all = graph_.offloaded();
-    for (std::size_t i = 0; i < all.size(); ++i) {
-      if (!(all[i].value == ref)) continue;
-      bring_in(all[i].group - 1);
-      return brought_[i];
-    }
-    return {};
-  }
-
   // The value to read in the backward pass. Clones read what a clone should: dropped inputs are
   // recomputed in turn.
   Tensor value(Ref ref) {
-    if (const Tensor brought = offloaded(ref)) return brought;
+    for (Returning* const values : {&offloaded_, &streamed_}) {
+      if (const Tensor brought = values->find(ref)) return brought;
+    }
     if (!dropped(ref)) return graph_.tensor(ref);
     std::int32_t& clone = clones_[index(ref.node)];
     if (clone < 0) {
@@ -205,8 +247,7 @@ class Walker final : public VjpArgs {
   std::vector<std::int32_t> clones_;
   std::vector<std::array<bool, Node::kMaxOutputs>> boundary_;
   std::vector<Accumulator> accumulators_;
-  std::size_t waiting_;          // offloaded values that have not come back
-  std::vector<Tensor> brought_;  // the others
+  Returning offloaded_, streamed_;
   std::int32_t recomputed_ = 0;
 };
 

@@ -49,6 +49,9 @@ struct BackendInfo {
   std::string name;         // "cpu", "cuda:0"
   std::string description;  // for people: processor, instruction set, threads
   std::int64_t alignment;   // of every buffer and arena offset, bytes
+  // What the device hands out memory in: the sizes of large buffers are rounded up to it, so that
+  // what is counted is what is taken.
+  std::int64_t allocation_bytes;
   std::int64_t plane_alignment;
   bool reads_host_memory;  // leaves may be bound to ordinary host addresses, such as a mapped file
   std::int64_t memory_bytes;  // free for this backend when it was opened
@@ -76,6 +79,10 @@ class Executable {
   virtual ~Executable() = default;
   virtual void run() = 0;
   virtual void run_checked(const Hook& hook) = 0;
+  // Does what a first run would do beside computing: later runs then take no memory.
+  virtual void prepare() {}
+  // How long the last run took; waits for its end. 0: not known.
+  virtual double seconds() const { return 0; }
 };
 
 // Addresses of a plan's leaves and of its arena, in the backend's space.
@@ -99,6 +106,9 @@ class Backend {
                      std::int32_t next) const;
   virtual std::unique_ptr<Buffer> allocate(std::int64_t bytes, std::string_view purpose) = 0;
   virtual std::int64_t allocated_bytes() const = 0;  // by live buffers
+  // What the device has taken for this backend beside its buffers: a context, code, recorded
+  // programs. 0 where that is not counted.
+  virtual std::int64_t overhead_bytes() const { return 0; }
   // Cleared memory of the host that kernels read and write by page_in and page_out: page-locked on
   // a device. upload(), download() and clear() take its addresses too. Throws OutOfMemory.
   virtual std::unique_ptr<Buffer> allocate_host(std::int64_t bytes, std::string_view purpose) = 0;

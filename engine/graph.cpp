@@ -33,7 +33,7 @@ Tensor Graph::leaf(NodeKind kind, std::string_view name, const TensorType& type)
   node.name = static_cast<std::int32_t>(names_.size());
   names_.emplace_back(name);
   nodes_.push_back(node);
-  leaves_.push_back(size() - 1);
+  leaves_.emplace(name, size() - 1);
   return {this, size() - 1, 0};
 }
 
@@ -41,6 +41,9 @@ Tensor Graph::input(std::string_view name, const TensorType& type) {
   return leaf(NodeKind::input, name, type);
 }
 Tensor Graph::weight(std::string_view name, const TensorType& type) {
+  if (const auto found = streamed_values_.find(name); found != streamed_values_.end()) {
+    return {this, found->second, 0};
+  }
   return leaf(NodeKind::weight, name, type);
 }
 Tensor Graph::parameter(std::string_view name, const TensorType& type) {
@@ -59,14 +62,18 @@ void Graph::offload(Tensor x, std::string_view name, std::int64_t group) {
   offloaded_.push_back({{x.node, x.output}, {stored.node, stored.output}, group});
 }
 
+Tensor Graph::stream(std::string_view name, const TensorType& type, std::int64_t group) {
+  const Tensor stored = page(name, type);
+  const Tensor value = page_in(stored);
+  streamed_.push_back({{value.node, value.output}, {stored.node, stored.output}, group});
+  streamed_values_.emplace(name, value.node);
+  return value;
+}
+
 Tensor Graph::find(std::string_view name) const {
-  for (const std::int32_t id : leaves_) {
-    const Node& node = nodes_[static_cast<std::size_t>(id)];
-    if (names_[static_cast<std::size_t>(node.name)] == name) {
-      return {const_cast<Graph*>(this), id, 0};
-    }
-  }
-  return {};
+  const auto found = leaves_.find(name);
+  if (found == leaves_.end()) return {};
+  return {const_cast<Graph*>(this), found->second, 0};
 }
 
 const std::string& Graph::name(std::int32_t id) const {
@@ -101,8 +108,15 @@ Tensor Graph::append(OpId op, std::span<const Tensor> inputs,
   InferArgs args{compute_, {types.data(), inputs.size()}, node, node.outputs};
   def.infer(args);
   node.n_outputs = static_cast<std::uint8_t>(args.n_outputs);
+  return {this, add_node(node), 0};
+}
+
+std::int32_t Graph::add_node(const Node& node) {
+  for (std::size_t i = 0; i < node.n_inputs; ++i) {
+    ++nodes_[static_cast<std::size_t>(node.inputs[i].node)].uses;
+  }
   nodes_.push_back(node);
-  return {this, size() - 1, 0};
+  return size() - 1;
 }
 
 std::int32_t Graph::clone(std::int32_t id, std::span<const Ref> inputs) {
@@ -111,8 +125,8 @@ std::int32_t Graph::clone(std::int32_t id, std::span<const Ref> inputs) {
   node.segment = -1;
   node.clone_of = id;
   node.needs_grad = false;
-  nodes_.push_back(node);
-  return size() - 1;
+  node.uses = 0;
+  return add_node(node);
 }
 
 void Graph::begin_segment(Rung rung) {

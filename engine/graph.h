@@ -12,6 +12,7 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <span>
 #include <string>
 #include <string_view>
@@ -73,6 +74,7 @@ struct Node {
   std::int32_t segment = -1;   // index into segments(), -1: none
   std::int32_t clone_of = -1;  // the node this one recomputes
   std::int32_t name = -1;      // leaves: index into the graph's names
+  std::int32_t uses = 0;       // inputs of later nodes that are an output of this one
   std::array<Ref, kMaxInputs> inputs;
   std::array<TensorType, kMaxOutputs> outputs;
   alignas(8) std::array<std::byte, kParamBytes> params{};
@@ -88,9 +90,10 @@ struct Node {
 
 // Which values of a segment are kept for the backward pass. Dropped ones are recomputed on demand.
 enum class Rung : std::uint8_t {
-  store,  // keep everything
-  cheap,  // drop what ops marked cheap produce: norms, SwiGLU, RoPE
-  block,  // keep only what is read from outside the segment
+  store,      // keep everything
+  cheap,      // drop what ops marked cheap produce: norms, SwiGLU, RoPE
+  attention,  // keep what ops marked dear produce, and what is read from outside the segment
+  block,      // keep only what is read from outside the segment
 };
 
 struct Segment {
@@ -110,7 +113,7 @@ class Graph {
 
   // Leaves. Names are unique within a graph; the same name and type twice returns the same leaf.
   Tensor input(std::string_view name, const TensorType& type);
-  Tensor weight(std::string_view name, const TensorType& type);
+  Tensor weight(std::string_view name, const TensorType& type);  // or what stream() returned
   Tensor parameter(std::string_view name, const TensorType& type);
   Tensor state(std::string_view name, const TensorType& type);
   Tensor page(std::string_view name, const TensorType& type);
@@ -145,11 +148,15 @@ class Graph {
   // be kept. Values of one group (numbers ascend) come back together, while the group after it is
   // worked on.
   void offload(Tensor x, std::string_view name, std::int64_t group);
-  struct Offloaded {
+  // A frozen weight whose memory is the page `name`, from where it comes at this point of the
+  // program, and once more in the backward pass. Groups are as in offload().
+  Tensor stream(std::string_view name, const TensorType& type, std::int64_t group);
+  struct OnHost {
     Ref value, page;  // the page's version that holds the value
     std::int64_t group;
   };
-  std::span<const Offloaded> offloaded() const { return offloaded_; }
+  std::span<const OnHost> offloaded() const { return offloaded_; }
+  std::span<const OnHost> streamed() const { return streamed_; }
 
   // Makes append_backward compute the gradient of an input leaf. Call before the leaf is used.
   void require_grad(Tensor leaf);
@@ -174,13 +181,15 @@ class Graph {
 
  private:
   Tensor leaf(NodeKind kind, std::string_view name, const TensorType& type);
+  std::int32_t add_node(const Node& node);
   DType compute_;
   std::vector<Node> nodes_;
   std::vector<Segment> segments_;
   std::vector<std::string> names_;
-  std::vector<std::int32_t> leaves_;  // node ids, in order
+  // Node ids of leaves by name; a streamed weight's is that of its value.
+  std::map<std::string, std::int32_t, std::less<>> leaves_, streamed_values_;
   std::vector<Ref> kept_;
-  std::vector<Offloaded> offloaded_;
+  std::vector<OnHost> offloaded_, streamed_;
   std::int32_t open_segment_ = -1;
 };
 

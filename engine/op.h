@@ -92,6 +92,8 @@ struct OpDef {
   std::array<std::uint8_t, Node::kMaxOutputs> in_place{};
   // Cheap enough to recompute rather than store (Rung::cheap).
   bool cheap = false;
+  // So dear to recompute that only Rung::block does.
+  bool dear = false;
   // Bit o: output o is stored on every rung, because it is small and the op is dear to repeat.
   std::uint8_t stored = 0;
   // Appends what repeats output 0 of a node, bit for bit, from `inputs` (its own, recomputed where

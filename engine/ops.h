@@ -143,13 +143,17 @@ Tensor accumulate(Tensor acc, Tensor x);
 // Outputs: 0 the sum of the losses, stat [1]; 1 the loss of each entry of loss_rows, stat [R] (0
 // for padding); 2, only with `keep_dx`, d(sum)/dx, [T, C] of the compute dtype, rows without a
 // label zero. Without keep_dx the node is not differentiable in x.
+// `chunk_rows`, a multiple of 512: the most rows of a chunk; 0: what the backend takes for fastest.
+// It changes the scratch, and no bit of the result.
 struct CrossEntropyParams {
   std::int32_t keep_dx;
+  std::int32_t chunk_rows;
 };
-Tensor linear_cross_entropy(Tensor x, Tensor w, Tensor labels, Tensor loss_rows, bool keep_dx);
+Tensor linear_cross_entropy(Tensor x, Tensor w, Tensor labels, Tensor loss_rows, bool keep_dx,
+                            std::int64_t chunk_rows = 0);
 // acc += dlogits^T x, for an upstream gradient `dloss`, stat [1]. acc: stat [V, C].
 Tensor linear_cross_entropy_dw(Tensor acc, Tensor x, Tensor w, Tensor labels, Tensor loss_rows,
-                               Tensor dloss);
+                               Tensor dloss, std::int64_t chunk_rows = 0);
 
 // -- Generation --------------------------------------------------------------------------------
 

@@ -118,6 +118,7 @@ class Planner {
     const Node& n = graph_.node(id);
     const OpCall call = describe(graph_, id);
     if (!backend_.supports(call)) throw Unsupported(missing_kernel(call));
+    if (n.op == OpId::page_in || n.op == OpId::page_out) plan_.copied_bytes += bytes(n.outputs[0]);
     for (int output = 0; output < n.n_outputs; ++output) {
       const int reused = reusable_input(id, output);
       if (reused >= 0) {

@@ -28,6 +28,7 @@ struct Plan {
   std::int64_t arena_bytes = 0;
   std::int64_t lower_bound_bytes = 0;  // no placement can be smaller
   std::int64_t unshared_bytes = 0;     // if no two values ever shared memory
+  std::int64_t copied_bytes = 0;       // between device and host, both ways, by a run
 
   const Location& at(Ref ref) const {
     return locations[static_cast<std::size_t>(ref.node)][static_cast<std::size_t>(ref.output)];

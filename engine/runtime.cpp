@@ -29,24 +29,33 @@ void Runtime::bind(std::string_view name, std::byte* address) {
 }
 
 std::int64_t Runtime::unbound_bytes(NodeKind kind) const {
+  const std::int64_t alignment = backend_.info().alignment;
   std::int64_t sum = 0;
   for (const auto& [name, leaf] : leaves_) {
-    if (leaf.kind == kind && !bound_.contains(name)) {
-      sum += round_up(leaf.bytes, backend_.info().alignment);
-    }
+    if (leaf.kind == kind && !bound_.contains(name)) sum += round_up(leaf.bytes, alignment);
   }
   return sum;
 }
 
-std::int64_t Runtime::input_bytes() const { return unbound_bytes(NodeKind::input); }
-std::int64_t Runtime::state_bytes() const { return unbound_bytes(NodeKind::state); }
+std::int64_t Runtime::input_bytes() const {
+  return round_up(unbound_bytes(NodeKind::input), backend_.info().allocation_bytes);
+}
+std::int64_t Runtime::state_bytes() const {
+  return round_up(unbound_bytes(NodeKind::state), backend_.info().allocation_bytes);
+}
 std::int64_t Runtime::page_bytes() const { return unbound_bytes(NodeKind::page); }
 
 std::int64_t Runtime::arena_bytes() const {
   std::int64_t most = 0;
   for (const Program& p : programs_) most = std::max(most, p.plan.arena_bytes);
-  return round_up(most, backend_.info().alignment);
+  return round_up(most, backend_.info().allocation_bytes);
 }
+
+void Runtime::prepare() {
+  for (Program& p : programs_) p.executable->prepare();
+}
+
+void Runtime::clear_states() { backend_.clear(states_->data(), states_->size()); }
 
 void Runtime::allocate() {
   if (layout_ != Layout::search) throw Error("a draft has no layout to allocate");
@@ -54,8 +63,9 @@ void Runtime::allocate() {
   inputs_ = backend_.allocate(input_bytes(), "inputs");
   states_ = backend_.allocate(state_bytes(), "states");
   backend_.clear(inputs_->data(), inputs_->size());
-  backend_.clear(states_->data(), states_->size());
+  clear_states();
   if (page_bytes() > 0) pages_ = backend_.allocate_host(page_bytes(), "pages");
+  const std::int64_t alignment = backend_.info().alignment;
   std::map<NodeKind, std::byte*> next = {{NodeKind::input, inputs_->data()},
                                          {NodeKind::state, states_->data()},
                                          {NodeKind::page, pages_ ? pages_->data() : nullptr}};
@@ -70,7 +80,7 @@ void Runtime::allocate() {
     }
     std::byte*& address = next[leaf.kind];
     leaf.address = address;
-    address += round_up(leaf.bytes, backend_.info().alignment);
+    address += round_up(leaf.bytes, alignment);
   }
   for (Program& p : programs_) {
     Bindings bindings;

@@ -30,8 +30,8 @@ class Runtime {
   // promises one before allocate(), so that the sizes below leave the leaf out.
   void bind(std::string_view name, std::byte* address);
 
-  // Bytes that allocate() will take from the backend: exactly these, each a multiple of the
-  // backend's alignment. Unbound leaves of one name share memory, sized by the largest.
+  // Bytes that allocate() will take from the backend: exactly these, each a multiple of what the
+  // backend allocates in. Unbound leaves of one name share memory, sized by the largest.
   std::int64_t arena_bytes() const;
   std::int64_t input_bytes() const;
   std::int64_t state_bytes() const;
@@ -40,10 +40,18 @@ class Runtime {
   // Allocates arena, inputs and states (cleared), and compiles. Throws Error naming the first
   // weight or parameter that has no address.
   void allocate();
+  // Readies every program for running; takes what memory that takes of the device.
+  void prepare();
+  void clear_states();
 
   void run(int program) { programs_[static_cast<std::size_t>(program)].executable->run(); }
   void run_checked(int program, const Executable::Hook& hook) {
     programs_[static_cast<std::size_t>(program)].executable->run_checked(hook);
+  }
+
+  // Of the program's last run.
+  double seconds(int program) const {
+    return programs_[static_cast<std::size_t>(program)].executable->seconds();
   }
 
   // Leaves by name. Sizes are checked against the leaf.

@@ -1,5 +1,6 @@
-// What the blocks of a model keep for the backward pass: all stand on one rung, or those before one
-// depth on a leaner rung than the rest.
+// What the blocks of a model keep for the backward pass, and where: all stand on one rung, or those
+// before one depth on a leaner rung than the rest; activations and frozen weights may wait in host
+// memory.
 #pragma once
 
 #include <cstdint>
@@ -24,10 +25,16 @@ struct StoragePolicy {
   Rung lean = Rung::store;  // of the first `split` blocks
   std::int64_t split = 0;
   Offload offload = Offload::none;
+  std::int64_t streamed = 0;   // blocks whose weights come from the host for each use
+  std::int64_t loss_rows = 0;  // the most whose logits exist at a time; 0: what is fastest
 
   Rung of(std::int64_t block) const { return block < split ? lean : rung; }
-  // "store", or "cheap:12+store": the first 12 blocks stand on cheap, the rest on store; either may
-  // end in ",offload:inputs", ":attention" or ":gate".
+  // The streamed blocks are spread evenly over all, and the copies over the step.
+  bool streams(std::int64_t block, std::int64_t blocks) const {
+    return (block + 1) * streamed / blocks > block * streamed / blocks;
+  }
+  // "store", or "cheap:12+store": the first 12 blocks stand on cheap, the rest on store; then
+  // ",offload:inputs", ":attention" or ":gate", then ",stream:12", then ",loss:512" may follow.
   std::string str() const;
   // None if the text is not what str() writes.
   static std::optional<StoragePolicy> parse(std::string_view text);

@@ -194,7 +194,7 @@ std::size_t Trainer::array_element_bytes() const {
 
 FitReport Trainer::fit() const {
   FitReport report;
-  const std::int64_t alignment = backend_.info().alignment;
+  const std::int64_t alignment = backend_.info().allocation_bytes;
   const std::int64_t array = round_up(
       parameters_.elements() * static_cast<std::int64_t>(array_element_bytes()), alignment);
   const auto pageable = [&](std::int64_t arrays) {
@@ -262,7 +262,8 @@ Trainer::FlatArray Trainer::allocate_array(bool pageable, std::string_view purpo
   const auto size = static_cast<std::int64_t>(array_element_bytes());
   const std::int64_t resident = pageable ? resident_ : parameters_.elements();
   FlatArray array;
-  array.device = backend_.allocate(round_up(resident * size, backend_.info().alignment), purpose);
+  array.device =
+      backend_.allocate(round_up(resident * size, backend_.info().allocation_bytes), purpose);
   backend_.clear(array.device->data(), array.device->size());
   const std::int64_t paged = parameters_.elements() - resident;
   if (paged > 0) array.host = backend_.allocate_host(paged * size, purpose);
@@ -270,7 +271,7 @@ Trainer::FlatArray Trainer::allocate_array(bool pageable, std::string_view purpo
 }
 
 void Trainer::allocate() {
-  const std::int64_t alignment = backend_.info().alignment;
+  const std::int64_t alignment = backend_.info().allocation_bytes;
   master_ = allocate_array(pages_masters(), "masters");
   if (options_.compute == DType::BF16) {
     copy_ = backend_.allocate(round_up(2 * parameters_.elements(), alignment), "adapters");
@@ -289,6 +290,24 @@ void Trainer::allocate() {
   }
   bind_leaves();
   runtime_.allocate();
+}
+
+// The smallest bucket serves: what matters is that every kind of kernel has run.
+void Trainer::warm_up() {
+  runtime_.prepare();
+  for (const std::vector<Program>* programs : {&micro_, &evaluate_}) {
+    const auto smallest = std::find_if(programs->begin(), programs->end(),
+                                       [](const Program& p) { return p.rows == p.loss_rows; });
+    if (smallest != programs->end()) runtime_.run(smallest->number);
+  }
+  if (apply_ >= 0) runtime_.run(apply_);
+  for (const FlatArray* array : {&master_, &gradient_, &first_moment_, &second_moment_}) {
+    for (const std::unique_ptr<Buffer>* buffer : {&array->device, &array->host}) {
+      if (*buffer) backend_.clear((*buffer)->data(), (*buffer)->size());
+    }
+  }
+  if (copy_) backend_.clear(copy_->data(), copy_->size());
+  runtime_.clear_states();
 }
 
 // Calls f(address, first, count) for the pieces of a segment that lie together.
@@ -382,6 +401,7 @@ void Trainer::micro(const Microbatch& batch, const Executable::Hook& hook) {
     runtime_.run(program.number);
   }
   tokens_ += batch.label_count();
+  copied_bytes_ += runtime_.plan(program.number).copied_bytes;
 }
 
 StepResult Trainer::apply(double lr, const Executable::Hook& hook) {
@@ -413,8 +433,11 @@ StepResult Trainer::apply(double lr, const Executable::Hook& hook) {
   result.grad_norm = std::sqrt(norm) / tokens;
   runtime_.read("loss_sum", host);
   result.loss = decode(one, host.data())[0] / tokens;
+  result.apply_copied_bytes = runtime_.plan(apply_).copied_bytes;
+  result.copied_bytes = copied_bytes_ + result.apply_copied_bytes;
+  if (!hook) result.apply_seconds = runtime_.seconds(apply_);
   runtime_.write("loss_sum", encode(one, std::array<double, 1>{0.0}));
-  tokens_ = 0;
+  tokens_ = copied_bytes_ = 0;
   ++step_;
   return result;
 }

@@ -64,6 +64,10 @@ struct StepResult {
   double loss = 0;       // mean over the step's label tokens
   double grad_norm = 0;  // of the mean gradient, before clipping
   std::int64_t tokens = 0;
+  std::int64_t copied_bytes = 0;  // between device and host, both ways, by the whole step
+  // Of apply() alone, where copies decide how long it takes once states are paged.
+  std::int64_t apply_copied_bytes = 0;
+  double apply_seconds = 0;
 };
 
 class Trainer {
@@ -78,6 +82,9 @@ class Trainer {
   // Lines of everything but the weights, which belong to the caller.
   FitReport fit() const;
   void allocate();
+  // Readies every program and runs one of each kind, so that what the device needs beside the plan
+  // is taken from here on. All parameters and states are zero afterwards.
+  void warm_up();
 
   const ParameterTable& parameters() const { return parameters_; }
   void set_parameter(std::string_view name, std::span<const float> values);
@@ -154,7 +161,8 @@ class Trainer {
   std::int64_t resident_ = 0;  // elements of pageable arrays in device memory
   std::int64_t page_ = 0;      // elements of a page
   std::int64_t step_ = 0;
-  std::int64_t tokens_ = 0;  // labels since the last apply
+  std::int64_t tokens_ = 0;        // labels since the last apply
+  std::int64_t copied_bytes_ = 0;  // the same of copies
 };
 
 }  // namespace nibble

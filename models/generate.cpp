@@ -18,16 +18,17 @@ constexpr std::uint64_t kSampleStream = hash_name("sampling");
 }  // namespace
 
 Decoder::Decoder(Runtime& runtime, const Model& model, DType compute, std::int64_t context,
-                 std::int64_t vocab, const SampleOptions& sample)
+                 std::int64_t vocab, const SampleOptions& sample, const StoragePolicy& storage)
     : runtime_(runtime),
       compute_(compute),
       context_(context),
       sample_(sample),
-      prompt_(add_program(model, kPromptRows)),
-      token_(add_program(model, 1)),
+      prompt_(add_program(model, kPromptRows, storage)),
+      token_(add_program(model, 1, storage)),
       logits_(static_cast<std::size_t>(vocab)) {}
 
-Decoder::Program Decoder::add_program(const Model& model, std::int64_t rows) const {
+Decoder::Program Decoder::add_program(const Model& model, std::int64_t rows,
+                                      const StoragePolicy& storage) const {
   auto graph = std::make_unique<Graph>(compute_);
   const std::string suffix = rows == 1 ? ".token" : ".prompt";
   DecodeInputs in;
@@ -35,6 +36,7 @@ Decoder::Program Decoder::add_program(const Model& model, std::int64_t rows) con
   in.positions = graph->input("decode.positions" + suffix, {DType::I32, {rows}, {}});
   in.position = graph->input("decode.position", {DType::I32, {1}, {}});
   in.last = graph->input("decode.last", {DType::I32, {1}, {}});
+  in.storage = storage;
   // A padded chunk may write past the last real row: the cache has room for that.
   const Tensor logits = model.build_logits(*graph, in, context_ + kPromptRows);
   const Tensor id = choose_token(logits, graph->input("decode.rng", {DType::I64, {2}, {}}),
@@ -50,6 +52,12 @@ Decoder::Program Decoder::add_program(const Model& model, std::int64_t rows) con
           {logits.node, logits.output},
           {id.node, 0},
           {id.node, 1}};
+}
+
+void Decoder::warm_up() {
+  const std::int32_t token = 0;
+  for (const Program* program : {&prompt_, &token_}) run(*program, {&token, 1}, {});
+  reset();
 }
 
 void Decoder::run(const Program& program, std::span<const std::int32_t> tokens,

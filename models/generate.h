@@ -26,10 +26,14 @@ struct SampleOptions {
 // host is an id. Construct before Runtime::allocate(); the model must outlive the constructor only.
 class Decoder {
  public:
-  // `sample` without max_tokens is fixed for the decoder's life.
+  // `sample` without max_tokens is fixed for the decoder's life. `storage` says which weights are
+  // streamed.
   Decoder(Runtime& runtime, const Model& model, DType compute, std::int64_t context,
-          std::int64_t vocab, const SampleOptions& sample = {});
+          std::int64_t vocab, const SampleOptions& sample = {}, const StoragePolicy& storage = {});
   void reset() { position_ = 0; }
+  // Runs both programs once, so that what the device needs for them is taken; leaves values in the
+  // cache that nobody may read.
+  void warm_up();
   // Appends tokens to the cache; returns F32 logits [vocab] of what follows the last one. Throws
   // Error when the context is full.
   const std::vector<float>& append(std::span<const std::int32_t> tokens);
@@ -51,7 +55,7 @@ class Decoder {
     int number;
     Ref logits, id, logprob;
   };
-  Program add_program(const Model& model, std::int64_t rows) const;
+  Program add_program(const Model& model, std::int64_t rows, const StoragePolicy& storage) const;
   void run(const Program& program, std::span<const std::int32_t> tokens,
            const Executable::Hook& hook);
   const Program& run_all(std::span<const std::int32_t> tokens, const Executable::Hook& hook);

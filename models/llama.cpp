@@ -109,6 +109,37 @@ void Llama::offload(Graph& graph, Tensor x, Offload what, const char* name, std:
   graph.offload(x, block_name(block, name), block);
 }
 
+// Lets the weights of streamed blocks come while the blocks before them are worked on.
+class Llama::Streamer {
+ public:
+  Streamer(const Llama& model, Graph& graph, const StoragePolicy& storage)
+      : model_(model), graph_(graph), storage_(storage) {}
+
+  // Called before each block: what it reads is on its way, and the next kAhead streamed blocks.
+  void before(std::int64_t block) {
+    if (streams(block)) ++needed_;
+    for (; next_ < model_.config_.layers && started_ < needed_ + kAhead; ++next_) {
+      if (streams(next_)) start(next_);
+    }
+  }
+
+ private:
+  static constexpr std::int64_t kAhead = 2;
+  bool streams(std::int64_t block) const { return storage_.streams(block, model_.config_.layers); }
+  void start(std::int64_t block) {
+    for (const std::string& linear : llama_linears()) {
+      const std::string name = block_name(block, linear + ".weight");
+      graph_.stream(name, model_.weights_.at(name), block);
+    }
+    ++started_;
+  }
+
+  const Llama& model_;
+  Graph& graph_;
+  StoragePolicy storage_;
+  std::int64_t needed_ = 0, started_ = 0, next_ = 0;  // next_: the first block not looked at
+};
+
 Tensor Llama::rope_frequency_weight(Graph& graph) const {
   return graph.weight("rope_frequencies", {graph.accumulate(), {config_.head_dim / 2}, {}});
 }
@@ -174,7 +205,9 @@ Tensor Llama::build_loss(Graph& graph, const LossInputs& inputs) const {
   const float scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
   Tensor x = embedding(inputs.tokens, weight(graph, "token_embd.weight"));
   rope_frequency_weight(graph);
+  Streamer streamer(*this, graph, inputs.storage);
   for (std::int64_t block = 0; block < config_.layers; ++block) {
+    streamer.before(block);
     offload(graph, x, Offload::inputs, "input", block, &inputs);
     graph.begin_segment(inputs.storage.of(block));
     x = decoder_block(graph, x, inputs.positions, block, &inputs,
@@ -191,7 +224,8 @@ Tensor Llama::build_loss(Graph& graph, const LossInputs& inputs) const {
   x = rms_norm(x, weight(graph, "output_norm.weight"), static_cast<float>(config_.rms_eps));
   const Tensor head =
       weight(graph, config_.tied_embeddings ? "token_embd.weight" : "output.weight");
-  return linear_cross_entropy(x, head, inputs.labels, inputs.loss_rows, inputs.training);
+  return linear_cross_entropy(x, head, inputs.labels, inputs.loss_rows, inputs.training,
+                              inputs.storage.loss_rows);
 }
 
 Tensor Llama::build_logits(Graph& graph, const DecodeInputs& inputs, std::int64_t context) const {
@@ -199,7 +233,9 @@ Tensor Llama::build_logits(Graph& graph, const DecodeInputs& inputs, std::int64_
   const float scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
   const TensorType cache_type{graph.compute(), {config_.kv_heads, context, config_.head_dim}, {}};
   Tensor x = embedding(inputs.tokens, weight(graph, "token_embd.weight"));
+  Streamer streamer(*this, graph, inputs.storage);
   for (std::int64_t block = 0; block < config_.layers; ++block) {
+    streamer.before(block);
     x = decoder_block(
         graph, x, inputs.positions, block, nullptr, [&](Tensor q, Tensor k, Tensor v) {
           const Tensor keys = kv_append(graph.state(block_name(block, "cache_k"), cache_type), k,

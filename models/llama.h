@@ -60,6 +60,7 @@ class Llama final : public Model {
   template <class Attend>
   Tensor decoder_block(Graph& graph, Tensor x, Tensor positions, std::int64_t block,
                        const LossInputs* inputs, Attend attend) const;
+  class Streamer;
   std::int32_t adapter_number(std::int64_t block, int linear) const;
 
   ModelConfig config_;

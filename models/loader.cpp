@@ -42,8 +42,7 @@ LoadedModel::LoadedModel(std::unique_ptr<Checkpoint> checkpoint, const BackendIn
     : checkpoint_(std::move(checkpoint)),
       options_(options),
       config_(checkpoint_->config()),
-      alignment_(backend.alignment),
-      reads_host_memory_(backend.reads_host_memory) {
+      backend_(backend) {
   // Rows of q and k take the order of converted weights (half) when all of them are converted;
   // otherwise the stored bytes decide.
   bool all_rotated_converted = true;
@@ -58,7 +57,7 @@ LoadedModel::LoadedModel(std::unique_ptr<Checkpoint> checkpoint, const BackendIn
                         "; --method full trains unquantized models only: convert it with "
                         "gguf-convert --type bf16, or use --method qlora");
     }
-    Weight weight{.source = &t, .type = t.type, .mapped = false};
+    Weight weight{.source = &t, .type = t.type, .mappable = false};
     if (is_converted(t)) {
       weight.type = converted_type(*checkpoint_, t, convert_options(options_));
       if (is_quantized(weight.type.dtype)) ++converted_;
@@ -67,38 +66,69 @@ LoadedModel::LoadedModel(std::unique_ptr<Checkpoint> checkpoint, const BackendIn
     if (options_.method == Method::full) continue;
     const bool reordered =
         has_rope_rows(t.name) && config_.rope_style != checkpoint_->config().rope_style;
-    weight.mapped = backend.reads_host_memory && weight.type == t.type && !reordered &&
-                    !checkpoint_->mapped(t).empty();
-    if (weight.mapped) mapped_bytes_ += bytes(t.type);
+    weight.mappable = backend.reads_host_memory && weight.type == t.type && !reordered &&
+                      !checkpoint_->mapped(t).empty();
     weights_.push_back(weight);
   }
-  lay_out();
+  place(false, {});
 }
 
-void LoadedModel::lay_out() {
-  weight_bytes_ = pinned_bytes_ = 0;
+void LoadedModel::place(bool embedding_on_host, const StoragePolicy& storage) {
+  using Place = Weight::Place;
+  const bool embedding_leaves =
+      embedding_on_host && !backend_.reads_host_memory && !config_.tied_embeddings;
+  weight_bytes_ = embedding_bytes_ = streamed_bytes_ = mapped_bytes_ = 0;
   for (Weight& w : weights_) {
-    if (w.mapped) continue;
-    w.offset = w.on_host ? 0 : weight_bytes_;
-    (w.on_host ? pinned_bytes_ : weight_bytes_) += round_up(bytes(w.type), alignment_);
+    if (is_decoder_linear(w.source->name) &&
+        storage.streams(block_of(w.source->name), config_.layers)) {
+      w.place = Place::streamed;
+    } else if (embedding_leaves && w.source->name == "token_embd.weight") {
+      w.place = Place::embedding;
+    } else {
+      w.place = w.mappable ? Place::mapped : Place::device;
+    }
+    std::int64_t& total = w.place == Place::streamed    ? streamed_bytes_
+                          : w.place == Place::embedding ? embedding_bytes_
+                          : w.place == Place::mapped    ? mapped_bytes_
+                                                        : weight_bytes_;
+    w.offset = total;
+    total += w.place == Place::mapped ? bytes(w.type) : round_up(bytes(w.type), backend_.alignment);
   }
   frequencies_offset_ = weight_bytes_;
   const std::int64_t element = options_.compute == DType::F64 ? 8 : 4;
-  weight_bytes_ += round_up(element * config_.head_dim / 2, alignment_);
+  weight_bytes_ =
+      round_up(weight_bytes_ + element * config_.head_dim / 2, backend_.allocation_bytes);
 }
 
-void LoadedModel::set_embedding_on_host(bool on_host) {
-  if (reads_host_memory_ || config_.tied_embeddings) return;
-  for (Weight& w : weights_) {
-    if (w.source->name == "token_embd.weight") w.on_host = on_host;
+std::int64_t LoadedModel::streamable_bytes() const {
+  std::int64_t sum = 0;
+  for (const Weight& w : weights_) {
+    if (is_decoder_linear(w.source->name) && !w.mappable) {
+      sum += round_up(bytes(w.type), backend_.alignment);
+    }
   }
-  lay_out();
+  return sum;
+}
+
+void LoadedModel::promise_pages(Runtime& runtime) const {
+  for (const Weight& w : weights_) {
+    if (w.place == Weight::Place::streamed) runtime.bind(w.source->name, nullptr);
+  }
 }
 
 std::byte* LoadedModel::address(const Weight& w) const {
-  // Weights are never written through their address: the graph has no op that could.
-  if (w.mapped) return const_cast<std::byte*>(checkpoint_->mapped(*w.source).data());
-  return w.on_host ? embedding_->data() : buffer_->data() + w.offset;
+  switch (w.place) {
+    case Weight::Place::mapped:
+      // Weights are never written through their address: the graph has no op that could.
+      return const_cast<std::byte*>(checkpoint_->mapped(*w.source).data());
+    case Weight::Place::embedding:
+      return embedding_->data() + w.offset;
+    case Weight::Place::streamed:
+      return streamed_->data() + w.offset;
+    case Weight::Place::device:
+      break;
+  }
+  return buffer_->data() + w.offset;
 }
 
 // Tensors are independent of each other: threads take them one by one, so at most `threads` are
@@ -112,7 +142,7 @@ void LoadedModel::read(Backend& backend, const Progress& progress) const {
     std::vector<std::byte> host;
     for (std::size_t i = next++; i < weights_.size(); i = next++) {
       const Weight& w = weights_[i];
-      if (w.mapped) continue;
+      if (w.place == Weight::Place::mapped) continue;
       const std::string_view in_block =
           options_.repeat_first_block ? block_part(w.source->name) : "";
       if (!in_block.empty() && !w.source->name.starts_with("blk.0.")) continue;
@@ -129,7 +159,7 @@ void LoadedModel::read(Backend& backend, const Progress& progress) const {
         }
         checkpoint_->forget(*w.source);
         done += bytes(w.type);
-        if (progress) progress(done, weight_bytes_);
+        if (progress) progress(done, weight_bytes_ + embedding_bytes_ + streamed_bytes_);
       } catch (...) {
         const std::lock_guard lock(mutex);
         if (!error) error = std::current_exception();
@@ -147,7 +177,10 @@ void LoadedModel::read(Backend& backend, const Progress& progress) const {
 void LoadedModel::reserve(Runtime& runtime, const Llama& model) {
   Backend& backend = runtime.backend();
   buffer_ = backend.allocate(weight_bytes_, "weights");
-  if (pinned_bytes_ > 0) embedding_ = backend.allocate_host(pinned_bytes_, "input embedding");
+  if (embedding_bytes_ > 0) {
+    embedding_ = backend.allocate_host(embedding_bytes_, "input embedding");
+  }
+  if (streamed_bytes_ > 0) streamed_ = backend.allocate_host(streamed_bytes_, "streamed weights");
   const DType stat = options_.compute == DType::F64 ? DType::F64 : DType::F32;
   backend.upload(buffer_->data() + frequencies_offset_,
                  encode({stat, {config_.head_dim / 2}, {}}, model.rope_frequencies()));

@@ -47,12 +47,17 @@ class LoadedModel {
   const Checkpoint& checkpoint() const { return *checkpoint_; }
   const ModelConfig& config() const { return config_; }  // with the row order used in memory
   const std::map<std::string, TensorType>& types() const { return types_; }
-  // Keeps the embedding table in page-locked host memory, where kernels read the rows they need. No
-  // effect where it would not help: on a backend that reads host memory, where the table is the
-  // output matrix too, and where it is trained. Only before reserve().
-  void set_embedding_on_host(bool on_host);
+  // What is kept in page-locked host memory: the linears of the blocks that `storage` streams, and
+  // the embedding table, of which kernels read the rows they need. The table stays where leaving
+  // would not help: on a backend that reads host memory, and where it is the output matrix too.
+  // Trained weights stay. Only before reserve().
+  void place(bool embedding_on_host, const StoragePolicy& storage);
+  // Tells a runtime that is planned with that placement which pages reserve() will bring.
+  void promise_pages(Runtime& runtime) const;
   std::int64_t weight_bytes() const { return weight_bytes_; }  // reserve() allocates exactly these
-  std::int64_t pinned_bytes() const { return pinned_bytes_; }  // and these on the host
+  std::int64_t embedding_bytes() const { return embedding_bytes_; }  // and these on the host
+  std::int64_t streamed_bytes() const { return streamed_bytes_; }
+  std::int64_t streamable_bytes() const;  // what streaming every block takes off the device
   std::int64_t mapped_bytes() const { return mapped_bytes_; }  // used from the file
   std::int64_t converted() const { return converted_; }        // tensors quantized while loading
 
@@ -68,9 +73,9 @@ class LoadedModel {
   struct Weight {
     const Checkpoint::Tensor* source;
     TensorType type;
-    bool mapped;
-    bool on_host = false;     // in embedding_
-    std::int64_t offset = 0;  // in buffer_, unless mapped or on the host
+    bool mappable;  // the file's bytes serve as they are
+    enum class Place { device, mapped, embedding, streamed } place = Place::device;
+    std::int64_t offset = 0;  // in the buffer of its place
   };
   void lay_out();
   std::byte* address(const Weight& weight) const;
@@ -81,11 +86,11 @@ class LoadedModel {
   ModelConfig config_;
   std::map<std::string, TensorType> types_;
   std::vector<Weight> weights_;
-  std::int64_t alignment_;
-  bool reads_host_memory_;
-  std::int64_t weight_bytes_ = 0, pinned_bytes_ = 0, mapped_bytes_ = 0, converted_ = 0;
+  BackendInfo backend_;
+  std::int64_t weight_bytes_ = 0, embedding_bytes_ = 0, streamed_bytes_ = 0, mapped_bytes_ = 0;
+  std::int64_t converted_ = 0;
   std::int64_t frequencies_offset_ = 0;
-  std::unique_ptr<Buffer> buffer_, embedding_;
+  std::unique_ptr<Buffer> buffer_, embedding_, streamed_;
 };
 
 }  // namespace nibble

@@ -11,10 +11,11 @@ namespace nibble {
 
 // The inputs of a decoding program that appends `tokens` to the KV cache and scores what follows.
 struct DecodeInputs {
-  Tensor tokens;     // I32 [n]
-  Tensor positions;  // I32 [n]: position + 0, 1, ...
-  Tensor position;   // I32 [1]: rows already in the cache
-  Tensor last;       // I32 [1]: the row whose logits are wanted
+  Tensor tokens;          // I32 [n]
+  Tensor positions;       // I32 [n]: position + 0, 1, ...
+  Tensor position;        // I32 [1]: rows already in the cache
+  Tensor last;            // I32 [1]: the row whose logits are wanted
+  StoragePolicy storage;  // of which only the streamed blocks matter
 };
 
 class Model {

@@ -59,6 +59,28 @@ Tensor build_copy(Graph& graph, const TensorType& x, const TensorType&) {
   return scale(graph.input("x", x), fill(graph, {DType::F32, {1}, {}}, 1.0));
 }
 
+// Bytes a second of copies from and to host memory that run side by side: `in` and `out` of them.
+double host_copy_rate(Backend& backend, int in, int out) {
+  const TensorType page{DType::F32, {16 << 20}, {}};
+  auto graph = std::make_unique<Graph>(DType::F32);
+  const Tensor x = fill(*graph, page, 1.0);
+  for (int i = 0; i < std::max(in, out); ++i) {
+    const std::string number = std::to_string(i);
+    if (i < out) page_out(graph->page("out." + number, page), x);
+    if (i < in) graph->keep(page_in(graph->page("in." + number, page)));
+  }
+  Runtime runtime(backend);
+  const int program = runtime.add(std::move(graph));
+  runtime.allocate();
+  runtime.prepare();
+  std::vector<double> seconds;
+  for (int i = 0; i < 7; ++i) {
+    runtime.run(program);
+    seconds.push_back(runtime.seconds(program));
+  }
+  return static_cast<double>(runtime.plan(program).copied_bytes) / median(seconds);
+}
+
 MachineRates gpu_rates(Backend& backend, double seconds) {
   constexpr std::int64_t kSide = 8192;
   constexpr double kFlops = 2.0 * kSide * kSide * kSide;
@@ -75,6 +97,10 @@ MachineRates gpu_rates(Backend& backend, double seconds) {
   const TensorType half_gib{DType::BF16, {16384, 16384}, {}};
   OpBench copy(backend, DType::BF16, half_gib, {DType::BF16, {0}, {}}, build_copy);
   rates.bytes_per_s = 2.0 * static_cast<double>(bytes(half_gib)) / copy.seconds(20);
+  constexpr int kCopies = 24;  // of 64 MiB: what starts and ends them does not count
+  rates.host_in_bytes_per_s = host_copy_rate(backend, kCopies, 0);
+  rates.host_out_bytes_per_s = host_copy_rate(backend, 0, kCopies);
+  rates.host_both_bytes_per_s = host_copy_rate(backend, kCopies, kCopies);
   return rates;
 }
 

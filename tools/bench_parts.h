@@ -42,6 +42,8 @@ Tensor build_linear_dx(Graph& graph, const TensorType& x, const TensorType& w);
 struct MachineRates {
   double flops_per_s = 0, bytes_per_s = 0;
   std::string what;  // the product that was measured
+  // Of page-locked host memory, one way at a time and both ways at once (the sum); 0 on a CPU.
+  double host_in_bytes_per_s = 0, host_out_bytes_per_s = 0, host_both_bytes_per_s = 0;
 };
 MachineRates machine_rates(Backend& backend, int threads, std::int64_t rows, double seconds);
 

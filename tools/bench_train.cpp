@@ -203,11 +203,12 @@ int bench_train(const BenchRequest& r, std::ostream& out, std::ostream& log) {
   const bool cuda = is_cuda(s.backend->info());
   const int device = device_number(s.backend->info());
   KernelTable table(static_cast<double>(r.sequence));
-  std::vector<double> seconds;
+  std::vector<double> seconds, apply_seconds;
+  StepResult result;
   const auto step = [&](const Executable::Hook& hook) {
     const double begin = os::seconds();
     for (std::int64_t i = 0; i < r.micro_batches; ++i) s.trainer->micro(batch, hook);
-    const StepResult result = s.trainer->apply(1e-4, hook);
+    result = s.trainer->apply(1e-4, hook);
     if (!std::isfinite(result.loss)) throw Error("the loss is not a number");
     return os::seconds() - begin;
   };
@@ -216,7 +217,11 @@ int bench_train(const BenchRequest& r, std::ostream& out, std::ostream& log) {
   if (cuda) step({});  // records the programs
   const cuda::Counters before = cuda ? cuda::read_cuda_counters(device) : cuda::Counters{};
   const double begin = os::seconds();
-  for (std::int64_t i = 0; i < r.steps; ++i) seconds.push_back(step({}));
+  for (std::int64_t i = 0; i < r.steps; ++i) {
+    seconds.push_back(step({}));
+    apply_seconds.push_back(result.apply_seconds);
+  }
+  const StepResult last = result;
   const double elapsed = os::seconds() - begin;
   const cuda::Counters after = cuda ? cuda::read_cuda_counters(device) : cuda::Counters{};
   if (r.ops) step(table.hook());
@@ -244,6 +249,10 @@ int bench_train(const BenchRequest& r, std::ostream& out, std::ostream& log) {
               {"peak_bytes", allocated},
               {"planned_bytes", fit.total_bytes()},
               {"pinned_bytes", pinned},
+              {"planned_pinned_bytes", fit.pinned_bytes()},
+              {"copied_bytes", last.copied_bytes},
+              {"apply_copied_bytes", last.apply_copied_bytes},
+              {"apply_seconds", median(apply_seconds)},
               {"micro_batches", r.micro_batches},
               {"flops", flops},
               {"flops_per_s", flops / time},
@@ -253,7 +262,12 @@ int bench_train(const BenchRequest& r, std::ostream& out, std::ostream& log) {
               {"plan_seconds", planned - start},
               {"load_seconds", loaded - planned},
               {"first_loss_seconds", first_loss - start}};
-  if (cuda) row["device_used_bytes"] = after.device_used_bytes;
+  if (cuda) {
+    row["device_used_bytes"] = after.device_used_bytes;
+    row["host_in_bytes_per_s"] = peak.host_in_bytes_per_s;
+    row["host_out_bytes_per_s"] = peak.host_out_bytes_per_s;
+    row["host_both_bytes_per_s"] = peak.host_both_bytes_per_s;
+  }
   if (fit.tokens_per_s > 0) row["predicted_tokens_per_s"] = fit.tokens_per_s;
   if (joules >= 0) row["joules_per_1000_tokens"] = joules;
   if (r.ops) row["kernels"] = table.json(peak);
@@ -275,6 +289,16 @@ int bench_train(const BenchRequest& r, std::ostream& out, std::ostream& log) {
   if (joules >= 0) out << format(", %.1f J per 1,000 tokens", joules);
   out << "\n";
   if (fit.tokens_per_s > 0) out << format("%.0f tokens/s were predicted\n", fit.tokens_per_s);
+  if (last.copied_bytes > 0) {
+    const double apply = median(apply_seconds);
+    out << format(
+        "host       %s copied a step, %s of it in the optimizer's %.1f ms: %.1f GB/s (alone %.1f "
+        "in, %.1f out, %.1f both ways)\n",
+        size_text(last.copied_bytes).c_str(), size_text(last.apply_copied_bytes).c_str(),
+        1e3 * apply, 1e-9 * static_cast<double>(last.apply_copied_bytes) / apply,
+        1e-9 * peak.host_in_bytes_per_s, 1e-9 * peak.host_out_bytes_per_s,
+        1e-9 * peak.host_both_bytes_per_s);
+  }
   if (r.ops) table.print(peak, out);
   out << format("%.1f GFLOP/s, %.1f %% of %s in this run (%.1f GFLOP/s; copy %.0f GB/s)\n",
                 flops / time / 1e9, 100 * flops / time / peak.flops_per_s, peak.what.c_str(),

@@ -229,15 +229,7 @@ class Run {
                    "--lr or --clip may help",
                    result.loss, static_cast<long long>(step)));
       }
-      log_row({{"type", "step"},
-               {"step", step},
-               {"loss", result.loss},
-               {"lr", lr},
-               {"grad_norm", result.grad_norm},
-               {"tokens", result.tokens},
-               {"tokens_per_s", static_cast<double>(tokens_done_) / seconds},
-               {"peak_bytes", s_.backend->allocated_bytes()},
-               {"seconds", seconds}});
+      log_step(result, lr, seconds);
       progress(result, lr, seconds, (os::seconds() - begin) / static_cast<double>(step - first));
       const bool stop = os::interrupted();
       if (!s_.held_out.empty() && (step % r_.eval_every == 0 || step == steps) && !stop) {
@@ -258,6 +250,25 @@ class Run {
       }
     }
     train_seconds_ = os::seconds() - begin;
+  }
+
+  void log_step(const StepResult& result, double lr, double seconds) {
+    Json row = {{"type", "step"},
+                {"step", s_.trainer->step()},
+                {"loss", result.loss},
+                {"lr", lr},
+                {"grad_norm", result.grad_norm},
+                {"tokens", result.tokens},
+                {"tokens_per_s", static_cast<double>(tokens_done_) / seconds},
+                {"peak_bytes", s_.backend->allocated_bytes()},
+                {"seconds", seconds}};
+    if (result.copied_bytes > 0) row["copied_bytes"] = result.copied_bytes;
+    if (result.apply_copied_bytes > 0) {  // where the copies decide
+      row["apply_copied_bytes"] = result.apply_copied_bytes;
+      row["apply_copy_bytes_per_s"] =
+          static_cast<double>(result.apply_copied_bytes) / result.apply_seconds;
+    }
+    log_row(row);
   }
 
   void save_checkpoint() {

@@ -326,6 +326,10 @@ void open_setup_model(FinetuneSetup& s) {
 void reserve_and_read(FinetuneSetup& s, const LoadedModel::Progress& progress) {
   s.loaded->reserve(s.trainer->runtime(), *s.llama);
   s.trainer->allocate();
+  if (is_cuda(s.backend->info())) {
+    if (s.decoder) s.decoder->warm_up();
+    s.trainer->warm_up();
+  }
   s.loaded->read(*s.backend, progress);
   if (s.trains_weights()) s.loaded->load_parameters(*s.trainer, progress);
 }

@@ -14,6 +14,7 @@ namespace nibble {
 namespace {
 
 constexpr int kMostSplits = 6;  // depths to try
+constexpr std::int64_t kFewLossRows = 512;
 constexpr std::int64_t kMargin = 4 << 20;
 // What more traffic has to save to be worth it.
 constexpr double kWorthwhile = 0.98;
@@ -26,6 +27,8 @@ struct Policy {
 };
 
 enum class Plans { draft, all };
+// What may leave for the host beside activations, each with those before it.
+enum class Leaving { none, optimizer, weights };
 
 // What the run may take on the device.
 std::int64_t budget(const FinetuneSetup& s) {
@@ -74,19 +77,23 @@ void plan_policy(FinetuneSetup& s, const Policy& policy, std::int64_t sample_con
   ParameterTable table = llama->parameters();
   table.set_weight_decay(static_cast<float>(r.weight_decay));
   s.decoder.reset();
+  s.loaded->place(policy.embedding_on_host, policy.storage);
   s.trainer = std::make_unique<Trainer>(
       *s.backend, std::move(table),
       [llama](Graph& graph, const LossInputs& in) { return llama->build_loss(graph, in); },
       options);
   if (sample_context > 0) {
-    s.decoder = std::make_unique<Decoder>(s.trainer->runtime(), *llama, options.compute,
-                                          sample_context, s.loaded->config().vocab);
+    s.decoder =
+        std::make_unique<Decoder>(s.trainer->runtime(), *llama, options.compute, sample_context,
+                                  s.loaded->config().vocab, SampleOptions(), policy.storage);
   }
-  s.loaded->set_embedding_on_host(policy.embedding_on_host);
+  s.loaded->promise_pages(s.trainer->runtime());
   s.fit = s.trainer->fit();
   s.fit.device.insert(s.fit.device.begin(), {"weights", s.loaded->weight_bytes()});
-  if (s.loaded->pinned_bytes() > 0)
-    s.fit.pinned.push_back({"input embedding", s.loaded->pinned_bytes()});
+  if (s.loaded->embedding_bytes() > 0)
+    s.fit.pinned.push_back({"input embedding", s.loaded->embedding_bytes()});
+  if (s.loaded->streamed_bytes() > 0)
+    s.fit.pinned.push_back({"streamed weights", s.loaded->streamed_bytes()});
   if (s.loaded->mapped_bytes() > 0)
     s.fit.host.push_back({"weights mapped", s.loaded->mapped_bytes()});
   // Free memory was read when the context was there.
@@ -129,8 +136,9 @@ class Chooser {
   }
 
   // The fastest policy that fits; the leanest when none does. Where everything cannot stay, the
-  // embedding table leaves first, of which a step reads a few rows. What may leave next are the
-  // optimizer's arrays, activations, and both; the blocks then keep as much as there is room for.
+  // embedding table leaves first, of which a step reads a few rows. What may leave next are
+  // activations, the optimizer's arrays, which cross the bus once a step, and weights, which do so
+  // in every pass; the blocks then keep as much as there is room for.
   Policy fastest() {
     Policy best;
     plan(best);
@@ -140,21 +148,31 @@ class Chooser {
     if (excess_ <= 0 || s_.without_adapter) return best;
     std::int64_t best_excess = excess_;
     double best_seconds = seconds();
+    Leaving best_leaving = Leaving::none;
+    const auto consider = [&](Policy policy, Leaving leaving) {
+      search(policy, leaving);
+      const double needed = seconds();
+      const bool better = best_excess > 0 ? excess_ < best_excess
+                                          : excess_ <= 0 && needed < kWorthwhile * best_seconds;
+      if (!pinned_fits() || !better) return;
+      best = policy;
+      best_excess = excess_;
+      best_seconds = needed;
+      best_leaving = leaving;
+    };
+    Policy from;
+    from.embedding_on_host = best.embedding_on_host;
     for (const Offload offload :
          {Offload::none, Offload::inputs, Offload::attention, Offload::gate}) {
-      for (const bool pages : {false, true}) {
-        if (pages && pageable() == 0) continue;
-        Policy policy = search(offload, best.embedding_on_host, pages ? pageable() : 0);
-        if (pages) page(policy);
-        const double needed = seconds();
-        const bool better = best_excess > 0 ? excess_ < best_excess
-                                            : excess_ <= 0 && needed < kWorthwhile * best_seconds;
-        if (!pinned_fits() || !better) continue;
-        best = policy;
-        best_excess = excess_;
-        best_seconds = needed;
+      from.storage.offload = offload;
+      for (const Leaving leaving : {Leaving::none, Leaving::optimizer, Leaving::weights}) {
+        consider(from, leaving);
       }
     }
+    // Where logits are what takes most, fewer of them leave room for the blocks.
+    from.storage.offload = best.storage.offload;
+    from.storage.loss_rows = kFewLossRows;
+    consider(from, best_leaving);
     excess_ = best_excess;
     return best;
   }
@@ -187,29 +205,55 @@ class Chooser {
       plan(policy);
     }
   }
+  // What streaming can take off the device: two blocks come while one is used.
+  std::int64_t streamable() const {
+    const std::int64_t layers = s_.loaded->config().layers;
+    return std::max<std::int64_t>(0, layers - 3) * (s_.loaded->streamable_bytes() / layers);
+  }
+  // Streams as many blocks as are still too many.
+  void stream(Policy& policy) {
+    const std::int64_t layers = s_.loaded->config().layers;
+    const std::int64_t each = s_.loaded->streamable_bytes() / layers;
+    if (each == 0) return;
+    for (int tries = 0; tries < 3 && excess_ > 0 && policy.storage.streamed < layers; ++tries) {
+      const std::int64_t in_arena = policy.storage.streamed == 0 ? 3 : 0;
+      const std::int64_t more = (excess_ + each - 1) / each + in_arena;
+      policy.storage.streamed = std::min(policy.storage.streamed + more, layers);
+      plan(policy);
+    }
+  }
   // Plain numbers serve where the device is not known: only their order matters.
   double seconds() const {
     if (s_.fit.step_seconds > 0) return s_.fit.step_seconds;
     const DeviceRates nominal{.flops = 1e14, .bytes = 1e12, .copy_bytes = 2e10, .launch = 3e-6};
     return s_.trainer->estimate_step(nominal, s_.work.average_span, s_.work.rows_per_step);
   }
-  // The fastest storage that fits with `room` bytes more than there are: the rungs from the fastest
-  // to the leanest, and between the last that does not fit and the first that does as few lean
-  // blocks as possible. Bytes are all but linear in their number, so that a few plans find it.
-  Policy search(Offload offload, bool embedding_on_host, std::int64_t room) {
-    const auto too_many = [&](const StoragePolicy& storage) {
-      plan({.storage = storage, .embedding_on_host = embedding_on_host});
+  // Gives `policy` the fastest rungs that fit when what may leave does, and lets so much leave.
+  void search(Policy& policy, Leaving leaving) {
+    std::int64_t room = leaving == Leaving::none ? 0 : pageable();
+    if (leaving == Leaving::weights) room += streamable();
+    choose_rungs(policy, room);
+    if (leaving == Leaving::none) return;
+    page(policy);
+    stream(policy);
+  }
+  // The fastest rungs that fit with `room` bytes more than there are: from the fastest to the
+  // leanest, and between the last that does not fit and the first that does as few lean blocks as
+  // possible. Bytes are all but linear in their number, so that a few plans find it.
+  void choose_rungs(Policy& policy, std::int64_t room) {
+    const auto too_many = [&](Rung rung, Rung lean, std::int64_t split) {
+      policy.storage.rung = rung;
+      policy.storage.lean = lean;
+      policy.storage.split = split;
+      plan(policy);
       return excess_ - room;
     };
-    Policy found;
-    found.storage.offload = offload;
-    found.embedding_on_host = embedding_on_host;
-    std::int64_t over = too_many(found.storage);
-    for (const auto& [fast, lean] :
-         {std::pair{Rung::store, Rung::cheap}, {Rung::cheap, Rung::block}}) {
+    std::int64_t over = too_many(Rung::store, Rung::store, 0);
+    for (const auto& [fast, lean] : {std::pair{Rung::store, Rung::cheap},
+                                     {Rung::cheap, Rung::attention},
+                                     {Rung::attention, Rung::block}}) {
       if (over <= 0) break;
-      found.storage = {.rung = lean, .offload = offload};
-      std::int64_t over_lean = too_many(found.storage);
+      std::int64_t over_lean = too_many(lean, Rung::store, 0);
       if (over_lean > 0) {
         over = over_lean;
         continue;
@@ -221,18 +265,15 @@ class Chooser {
         const auto guess = too_few + static_cast<std::int64_t>(
                                          std::ceil(share * static_cast<double>(enough - too_few)));
         planned = std::clamp(guess, too_few + 1, enough - 1);
-        const std::int64_t now =
-            too_many({.rung = fast, .lean = lean, .split = planned, .offload = offload});
+        const std::int64_t now = too_many(fast, lean, planned);
         (now > 0 ? too_few : enough) = planned;
         (now > 0 ? over : over_lean) = now;
       }
-      if (enough < layers) {
-        found.storage = {.rung = fast, .lean = lean, .split = enough, .offload = offload};
+      if (planned != enough) {
+        enough < layers ? too_many(fast, lean, enough) : too_many(lean, Rung::store, 0);
       }
-      if (planned != enough) too_many(found.storage);
       break;
     }
-    return found;
   }
 
   FinetuneSetup& s_;
@@ -264,12 +305,13 @@ void plan_model(FinetuneSetup& s, std::int64_t sample_context) {
   std::optional<StoragePolicy> forced;
   if (r.storage != "auto") {
     forced = StoragePolicy::parse(r.storage);
-    if (!forced || forced->split > s.loaded->config().layers) {
+    if (!forced || std::max(forced->split, forced->streamed) > s.loaded->config().layers) {
       throw Error("--storage " + r.storage +
-                  ": write auto, store, cheap or block, or cheap:N+store, " +
-                  "block:N+cheap or block:N+store for the first N of the " +
+                  ": write auto, store, cheap, attention or block, or LEANER:N+RUNG with a leaner "
+                  "one of these for the first N of the " +
                   std::to_string(s.loaded->config().layers) +
-                  " blocks; \",offload:inputs\", \":attention\" or \":gate\" may follow");
+                  " blocks; \",offload:inputs\", \":attention\" or \":gate\" may follow, then "
+                  "\",stream:N\", then \",loss:N\" with a multiple of 512");
     }
   }
   Chooser(s, sample_context).run(forced);

@@ -81,11 +81,13 @@ void add_recipe_flags(CLI::App& command, Recipe& r, bool needs_data) {
       ->group(where)
       ->check(CLI::IsMember(card_names()));
   command
-      .add_option("--storage", r.storage,
-                  "store | cheap | block: what the backward pass keeps and what it recomputes, or "
-                  "LEAN:N+RUNG for the first N blocks and the rest; \",offload:inputs\", "
-                  "\":attention\" or \":gate\" behind it: what waits in host memory; auto: the "
-                  "fastest that fits --memory")
+      .add_option(
+          "--storage", r.storage,
+          "store | cheap | attention | block: what the backward pass keeps and what it "
+          "recomputes, or LEAN:N+RUNG for the first N blocks and the rest; behind it "
+          "\",offload:inputs\", \":attention\" or \":gate\": what waits in host memory, "
+          "\",stream:N\": blocks whose weights do, \",loss:N\": rows whose logits exist at a "
+          "time; auto: the fastest that fits --memory")
       ->group(where)
       ->capture_default_str();
   auto* resume =

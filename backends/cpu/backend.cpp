@@ -83,11 +83,13 @@ class CpuExecutable final : public Executable {
   }
 
   void run() override {
+    const auto begin = Clock::now();
     for (const Step& step : steps_) step.kernel->run(step.call, pool_);
+    seconds_ = std::chrono::duration<double>(Clock::now() - begin).count();
   }
+  double seconds() const override { return seconds_; }
 
   void run_checked(const Hook& hook) override {
-    using Clock = std::chrono::steady_clock;
     for (const Step& step : steps_) {
       const auto begin = Clock::now();
       step.kernel->run(step.call, pool_);
@@ -96,12 +98,14 @@ class CpuExecutable final : public Executable {
   }
 
  private:
+  using Clock = std::chrono::steady_clock;
   struct Step {
     std::int32_t node;
     OpCall call;
     const Kernel* kernel;
   };
   std::vector<Step> steps_;
+  double seconds_ = 0;
   ThreadPool& pool_;
 };
 
@@ -119,13 +123,14 @@ class CpuBackend final : public Backend {
   }
 
   BackendInfo info() const override {
-    return {"cpu",
-            std::string(cpu::name(isa_)) + ", " + std::to_string(pool_.threads()) +
-                (pool_.threads() == 1 ? " thread" : " threads"),
-            kAlignment,
-            kHostPlaneAlignment,
-            true,
-            os::memory_bytes()};
+    return {.name = "cpu",
+            .description = std::string(cpu::name(isa_)) + ", " + std::to_string(pool_.threads()) +
+                           (pool_.threads() == 1 ? " thread" : " threads"),
+            .alignment = kAlignment,
+            .allocation_bytes = kAlignment,
+            .plane_alignment = kHostPlaneAlignment,
+            .reads_host_memory = true,
+            .memory_bytes = memory_bytes_};
   }
 
   bool supports(const OpCall& call) const override {
@@ -178,6 +183,7 @@ class CpuBackend final : public Backend {
 
   Isa isa_;
   std::int64_t limit_, host_limit_;
+  std::int64_t memory_bytes_ = os::memory_bytes();
   std::int64_t allocated_ = 0, host_allocated_ = 0;
   ThreadPool pool_;
 };

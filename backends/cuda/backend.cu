@@ -1,6 +1,7 @@
 // Opening a device, handing out its memory, and the C symbols of libnibble-cuda.
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "backends/cuda/blas.h"
@@ -14,6 +15,7 @@ namespace nibble::cuda {
 namespace {
 
 constexpr std::int64_t kAlignment = 256;
+constexpr std::int64_t kAllocationBytes = 2 << 20;  // a page of device memory
 constexpr int kOldest = 80;
 // Left free for what is not counted: recorded programs, loaded modules. A bench of eight programs
 // took under 100 MiB beside the context, which is already there when free memory is read.
@@ -70,6 +72,45 @@ constexpr bool kHasHopperKernels = false;
 
 __global__ void probe() {}
 
+// NVML by hand: the library comes with the driver, its header may not be there. Calls f(symbol,
+// device), where symbol(name) finds a function; false when anything is missing.
+template <class F>
+bool with_nvml(int device, F&& f) {
+  static void* library = dlopen("libnvidia-ml.so.1", RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) return false;
+  const auto symbol = [](const char* name) { return dlsym(library, name); };
+  const auto init = reinterpret_cast<int (*)()>(symbol("nvmlInit_v2"));
+  const auto find =
+      reinterpret_cast<int (*)(const char*, void**)>(symbol("nvmlDeviceGetHandleByPciBusId_v2"));
+  char bus[32];
+  void* handle = nullptr;
+  return init != nullptr && find != nullptr && init() == 0 &&
+         cudaDeviceGetPCIBusId(bus, sizeof bus, device) == cudaSuccess && find(bus, &handle) == 0 &&
+         f(symbol, handle);
+}
+
+double total_joules(int device) {
+  unsigned long long millijoules = 0;
+  const bool known = with_nvml(device, [&](auto symbol, void* handle) {
+    const auto read = reinterpret_cast<int (*)(void*, unsigned long long*)>(
+        symbol("nvmlDeviceGetTotalEnergyConsumption"));
+    return read != nullptr && read(handle, &millijoules) == 0;
+  });
+  return known ? 1e-3 * static_cast<double>(millijoules) : -1;
+}
+
+// Memory in use by everything on the card, without making a context; -1: not known.
+std::int64_t nvml_used_bytes(int device) {
+  struct {
+    unsigned long long total, free, used;
+  } memory{};
+  const bool known = with_nvml(device, [&](auto symbol, void* handle) {
+    const auto read = reinterpret_cast<int (*)(void*, void*)>(symbol("nvmlDeviceGetMemoryInfo"));
+    return read != nullptr && read(handle, &memory) == 0;
+  });
+  return known ? static_cast<std::int64_t>(memory.used) : -1;
+}
+
 // What both backends below know: the kernels of a card.
 class CardBackend : public Backend {
  public:
@@ -90,6 +131,7 @@ class CardBackend : public Backend {
     return {.name = name,
             .description = description_.name + (card_.hopper ? "" : ", sm_80 kernels"),
             .alignment = kAlignment,
+            .allocation_bytes = kAllocationBytes,
             .plane_alignment = kHostPlaneAlignment,
             .reads_host_memory = false,
             .memory_bytes = memory_bytes,
@@ -147,12 +189,17 @@ class CudaBackend final : public CardBackend {
                         std::to_string(description_.capability % 10) +
                         ", 8.0 or newer is supported; use --backend cpu");
     }
+    used_before_ = nvml_used_bytes(device_);
     check(cudaSetDevice(device_), description_.name.c_str());
     std::size_t free = 0, total = 0;
     check(cudaMemGetInfo(&free, &total),
           (description_.name + " cannot be used; another program may hold all of its memory")
               .c_str());
     free_bytes_ = static_cast<std::int64_t>(free);
+    if (used_before_ >= 0) {
+      // The two count what the driver itself holds differently: only the change says something.
+      used_before_ += static_cast<std::int64_t>(total - free) - nvml_used_bytes(device_);
+    }
     card_.capability = description_.capability;
     card_.multiprocessors = description_.multiprocessors;
     check_targets();
@@ -200,6 +247,12 @@ class CudaBackend final : public CardBackend {
     }
   }
   std::int64_t allocated_bytes() const override { return allocated_; }
+  std::int64_t overhead_bytes() const override {
+    std::size_t free = 0, total = 0;
+    check(cudaMemGetInfo(&free, &total), "reading free memory");
+    return static_cast<std::int64_t>(total - free) - std::max<std::int64_t>(used_before_, 0) -
+           allocated_;
+  }
   std::unique_ptr<Buffer> allocate_host(std::int64_t bytes, std::string_view purpose) override {
     check_memory_limit(purpose, bytes, host_allocated_, host_limit_);
     std::unique_ptr<Buffer> buffer;
@@ -261,6 +314,7 @@ class CudaBackend final : public CardBackend {
   int device_;
   std::int64_t limit_, host_limit_;
   std::int64_t free_bytes_ = 0;
+  std::int64_t used_before_ = -1;  // by others, before this backend's context; -1: not known
   cudaStream_t stream_ = nullptr, copy_in_ = nullptr, copy_out_ = nullptr;
   std::optional<Staging> staging_;
   std::optional<Blas> blas_;
@@ -280,6 +334,14 @@ class GuardedExecutable final : public Executable {
   void run_checked(const Hook& hook) override {
     backend_.guarded([&] { executable_.run_checked(hook); });
   }
+  void prepare() override {
+    backend_.guarded([&] { executable_.prepare(); });
+  }
+  double seconds() const override {
+    double seconds = 0;
+    backend_.guarded([&] { seconds = executable_.seconds(); });
+    return seconds;
+  }
 
  private:
   CudaBackend& backend_;
@@ -293,26 +355,6 @@ std::unique_ptr<Executable> CudaBackend::compile(const Plan& plan, const Binding
                                                     .copy_out = copy_out_,
                                                     .card = &card_,
                                                     .blas = &*blas_});
-}
-
-// NVML by hand: the library comes with the driver, its header may not be there.
-double total_joules(int device) {
-  using Init = int (*)();
-  using Handle = int (*)(const char*, void**);
-  using Energy = int (*)(void*, unsigned long long*);
-  static void* library = dlopen("libnvidia-ml.so.1", RTLD_NOW | RTLD_LOCAL);
-  if (library == nullptr) return -1;
-  const auto init = reinterpret_cast<Init>(dlsym(library, "nvmlInit_v2"));
-  const auto handle = reinterpret_cast<Handle>(dlsym(library, "nvmlDeviceGetHandleByPciBusId_v2"));
-  const auto energy =
-      reinterpret_cast<Energy>(dlsym(library, "nvmlDeviceGetTotalEnergyConsumption"));
-  if (init == nullptr || handle == nullptr || energy == nullptr || init() != 0) return -1;
-  char bus[32];
-  void* nvml_device = nullptr;
-  unsigned long long millijoules = 0;
-  if (cudaDeviceGetPCIBusId(bus, sizeof bus, device) != cudaSuccess) return -1;
-  if (handle(bus, &nvml_device) != 0 || energy(nvml_device, &millijoules) != 0) return -1;
-  return 1e-3 * static_cast<double>(millijoules);
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
 #include "backends/cuda/executable.h"
 
+#include <algorithm>
+
 #include "backends/cuda/fused.h"
 #include "backends/cuda/linear.h"
 #include "engine/error.h"
@@ -65,16 +67,9 @@ bool fuses_pair(const Graph& graph, std::int32_t first, std::int32_t second) {
     return false;
   }
   if (a.op != OpId::rms_norm_dx) return true;
-  for (std::int32_t id = second + 1; id < graph.size(); ++id) {
-    const Node& n = graph.node(id);
-    for (int i = 0; i < n.n_inputs; ++i) {
-      if (reads(n, i, {first, 0})) return false;
-    }
-  }
-  for (const Ref ref : graph.kept()) {
-    if (ref.node == first) return false;
-  }
-  return true;
+  const bool kept = std::any_of(graph.kept().begin(), graph.kept().end(),
+                                [&](Ref ref) { return ref.node == first; });
+  return a.uses == 1 && !kept;
 }
 
 }  // namespace
@@ -110,6 +105,7 @@ CudaExecutable::CudaExecutable(const Plan& plan, const Bindings& bindings, const
     if (scratch >= 0) step.call.scratch = bindings.arena + scratch;
     steps_.push_back(step);
   }
+  for (cudaEvent_t* event : {&began_, &ended_}) check(cudaEventCreate(event), "cudaEventCreate");
   make_tasks();
 }
 
@@ -118,7 +114,7 @@ CudaExecutable::~CudaExecutable() {
   for (const Task& task : tasks_) {
     if (task.done != nullptr) cudaEventDestroy(task.done);
   }
-  for (const cudaEvent_t event : fork_join_) {
+  for (const cudaEvent_t event : {fork_join_[0], fork_join_[1], fork_join_[2], began_, ended_}) {
     if (event != nullptr) cudaEventDestroy(event);
   }
 }
@@ -258,17 +254,27 @@ void CudaExecutable::capture() {
   check(cudaGraphUpload(graph_, launch_.stream), "graph upload");
 }
 
+void CudaExecutable::prepare() {
+  if (graph_ == nullptr) capture();
+}
+
 void CudaExecutable::run() {
+  check(cudaEventRecord(began_, launch_.stream), "event");
+  if (graph_ == nullptr && ran_) capture();
   if (graph_ != nullptr) {
     check(cudaGraphLaunch(graph_, launch_.stream), "graph launch");
-    return;
-  }
-  enqueue_all();
-  if (!ran_) {
+  } else {
+    enqueue_all();
     ran_ = true;
-    return;
   }
-  capture();
+  check(cudaEventRecord(ended_, launch_.stream), "event");
+}
+
+double CudaExecutable::seconds() const {
+  float ms = 0;
+  check(cudaEventSynchronize(ended_), "waiting for the device");
+  check(cudaEventElapsedTime(&ms, began_, ended_), "event");
+  return 1e-3 * static_cast<double>(ms);
 }
 
 namespace {

@@ -1,10 +1,10 @@
 // A plan as a CUDA graph.
 //
-// The first run enqueues kernel by kernel, so that modules are loaded and the library has chosen
-// its kernels; then the same calls are captured and instantiated, and every later run is one
-// launch. Addresses, shapes and launch parameters are those of the plan; what changes from run to
-// run is data in device memory. Copies from and to host memory run beside the kernels, on streams
-// of their own; engine/streams.h says what waits for what.
+// prepare() captures the calls and instantiates them, and every run is one launch. Without it the
+// first run enqueues kernel by kernel, and the second captures. Addresses, shapes and launch
+// parameters are those of the plan; what changes from run to run is data in device memory. Copies
+// from and to host memory run beside the kernels, on streams of their own; engine/streams.h says
+// what waits for what.
 #pragma once
 
 #include "backends/cuda/kernel.h"
@@ -28,6 +28,8 @@ class CudaExecutable final : public Executable {
   ~CudaExecutable() override;
 
   void run() override;
+  void prepare() override;
+  double seconds() const override;
   // Node by node, each timed by events. A fused group's time is reported under its last node, the
   // others with 0 seconds.
   void run_checked(const Hook& hook) override;
@@ -58,6 +60,7 @@ class CudaExecutable final : public Executable {
   Launch launch_;
   cudaGraphExec_t graph_ = nullptr;
   bool ran_ = false;
+  cudaEvent_t began_ = nullptr, ended_ = nullptr;  // of the last run
 };
 
 }  // namespace nibble::cuda

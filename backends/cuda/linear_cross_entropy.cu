@@ -15,6 +15,8 @@
 //
 // dW sums in tiles of 512 entries, in order. A label or a row out of range makes that entry's loss
 // NaN and is otherwise padding: nothing outside the tensors is touched.
+#include <algorithm>
+
 #include <cfloat>
 
 #include "backends/cuda/gemm.h"
@@ -28,9 +30,10 @@ constexpr int kThreads = 512;
 constexpr int kRun = 8;  // logits a thread takes at a time: 32 bytes
 
 // Entries of a chunk: a multiple of 512 whose logits stay within 512 MiB for 262144 words.
-std::int64_t chunk_rows(std::int64_t vocabulary, std::int64_t entries) {
+std::int64_t chunk_rows(const OpCall& call, std::int64_t vocabulary, std::int64_t entries) {
+  const std::int64_t most = call.node->get<CrossEntropyParams>().chunk_rows;
   const std::int64_t rows = vocabulary <= 32768 ? 2048 : vocabulary <= 131072 ? 1024 : 512;
-  return rows < entries ? rows : entries;
+  return std::min({rows, most > 0 ? most : rows, entries});
 }
 
 // Inputs and sizes of a call; `first` is the number of its input x.
@@ -42,7 +45,7 @@ struct Problem {
         channels(weight.shape[1]),
         vocabulary(weight.shape[0]),
         entries(call.in_types[static_cast<std::size_t>(first + 3)].shape[0]),
-        chunk(chunk_rows(vocabulary, entries)),
+        chunk(chunk_rows(call, vocabulary, entries)),
         x(call.in[static_cast<std::size_t>(first)]),
         w(call.in[static_cast<std::size_t>(first + 1)]),
         labels(call.input<std::int32_t>(first + 2)),

@@ -235,8 +235,12 @@ std::vector<Sample> samples_backward() {
 
 }  // namespace
 
-extern const OpDef attention_op{
-    .name = "attention", .infer = infer, .vjp = vjp, .reference = reference, .samples = samples};
+extern const OpDef attention_op{.name = "attention",
+                                .infer = infer,
+                                .vjp = vjp,
+                                .reference = reference,
+                                .samples = samples,
+                                .dear = true};
 extern const OpDef attention_backward_op{.name = "attention_backward",
                                          .infer = infer_backward,
                                          .reference = reference_backward,

@@ -21,19 +21,26 @@
 
 namespace nibble {
 
-Tensor linear_cross_entropy(Tensor x, Tensor w, Tensor labels, Tensor loss_rows, bool keep_dx) {
+Tensor linear_cross_entropy(Tensor x, Tensor w, Tensor labels, Tensor loss_rows, bool keep_dx,
+                            std::int64_t chunk_rows) {
   return x.graph->emit(OpId::linear_cross_entropy, {x, w, labels, loss_rows},
-                       CrossEntropyParams{keep_dx ? 1 : 0});
+                       CrossEntropyParams{keep_dx ? 1 : 0, static_cast<std::int32_t>(chunk_rows)});
 }
 Tensor linear_cross_entropy_dw(Tensor acc, Tensor x, Tensor w, Tensor labels, Tensor loss_rows,
-                               Tensor dloss) {
-  return acc.graph->emit(OpId::linear_cross_entropy_dw, {acc, x, w, labels, loss_rows, dloss});
+                               Tensor dloss, std::int64_t chunk_rows) {
+  return acc.graph->emit(OpId::linear_cross_entropy_dw, {acc, x, w, labels, loss_rows, dloss},
+                         CrossEntropyParams{0, static_cast<std::int32_t>(chunk_rows)});
 }
 
 namespace {
 
 // x, w, labels and loss_rows are inputs first, first + 1, ...
 void check_inputs(const InferArgs& args, int first) {
+  const std::int32_t chunk_rows = args.node.get<CrossEntropyParams>().chunk_rows;
+  if (chunk_rows < 0 || chunk_rows % 512 != 0) {
+    throw ShapeError("linear_cross_entropy: chunks of " + std::to_string(chunk_rows) +
+                     " rows; a multiple of 512 keeps every sum in its order");
+  }
   check::activation(args, first, "x");
   check::rank(args, first + 1, "w", 2, "a matrix [vocabulary, channels]");
   check::weight(args, first + 1, "w");
@@ -90,7 +97,8 @@ void vjp(VjpArgs& args) {
         "linear_cross_entropy: w is computed by an op; its gradient exists only for a parameter");
   }
   args.accumulated(1, linear_cross_entropy_dw(args.accumulator(1), args.in(0), args.in(1),
-                                              args.in(2), args.in(3), dloss));
+                                              args.in(2), args.in(3), dloss,
+                                              args.node().get<CrossEntropyParams>().chunk_rows));
 }
 
 // One entry of loss_rows: its row of x, label, and softmax of the logits.
@@ -168,6 +176,7 @@ struct Case {
   std::int64_t rows, channels, vocabulary, entries;
   Role w;
   bool keep_dx;
+  std::int64_t chunk_rows = 0;
 };
 
 // Every third row has no label and is left out of loss_rows; what is left over of loss_rows is
@@ -197,12 +206,14 @@ std::vector<Sample> samples() {
       {"one row", 1, 33, 129, 1, Role::weight, true},
       {"stored head", 20, 256, 301, 14, Role::weight, true},
       {"two chunks of rows", 601, 24, 70, 410, Role::parameter, true},
+      {"small chunks", 901, 24, 70, 600, Role::weight, true, 512},
   };
   std::vector<Sample> all;
   for (const Case& c : cases) {
     all.push_back({c.label, inputs(c),
                    [c](Graph&, std::span<const Tensor> in) {
-                     return linear_cross_entropy(in[0], in[1], in[2], in[3], c.keep_dx);
+                     return linear_cross_entropy(in[0], in[1], in[2], in[3], c.keep_dx,
+                                                 c.chunk_rows);
                    },
                    c.vocabulary + c.channels + c.entries});
   }
@@ -214,6 +225,7 @@ std::vector<Sample> samples_dw() {
       {"padded", 4, 3, 5, 6, Role::parameter, false},
       {"stored head", 20, 256, 301, 14, Role::weight, false},
       {"three tiles of rows", 1201, 24, 70, 820, Role::parameter, false},
+      {"small chunks", 1201, 24, 70, 820, Role::parameter, false, 512},
   };
   std::vector<Sample> all;
   for (const Case& c : cases) {
@@ -221,8 +233,9 @@ std::vector<Sample> samples_dw() {
     in.insert(in.begin(), {Role::state, {c.vocabulary, c.channels}});
     in.push_back({Role::statistic, {1}});
     all.push_back({c.label, std::move(in),
-                   [](Graph&, std::span<const Tensor> t) {
-                     return linear_cross_entropy_dw(t[0], t[1], t[2], t[3], t[4], t[5]);
+                   [c](Graph&, std::span<const Tensor> t) {
+                     return linear_cross_entropy_dw(t[0], t[1], t[2], t[3], t[4], t[5],
+                                                    c.chunk_rows);
                    },
                    c.entries + c.channels + c.vocabulary});
   }

@@ -84,10 +84,14 @@ struct Setup {
     trainer = std::make_unique<Trainer>(
         *backend, table,
         [model](Graph& g, const LossInputs& in) { return model->build_loss(g, in); }, options);
+    loaded->place(/*embedding_on_host=*/false, storage);
+    loaded->promise_pages(trainer->runtime());
     decoder = std::make_unique<Decoder>(trainer->runtime(), *llama, compute, kRows,
-                                        loaded->config().vocab);
+                                        loaded->config().vocab, SampleOptions(), storage);
+    fit = trainer->fit();
     loaded->reserve(trainer->runtime(), *llama);
     trainer->allocate();
+    trainer->warm_up();  // must leave no trace
     loaded->read(*backend, {});
     if (method == Method::full) loaded->load_parameters(*trainer, {});
     if (method == Method::full) return;
@@ -100,6 +104,7 @@ struct Setup {
   std::unique_ptr<Llama> llama;
   std::unique_ptr<Trainer> trainer;
   std::unique_ptr<Decoder> decoder;
+  FitReport fit;  // before anything was allocated
 };
 
 // Largest difference over the largest wanted value.

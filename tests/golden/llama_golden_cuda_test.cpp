@@ -41,7 +41,7 @@ TEST_CASE("every storage rung gives the same gradients on the GPU, bit for bit, 
   for (const DType compute : {DType::F32, DType::BF16}) {
     for (const Method method : {Method::full, Method::lora}) {
       std::vector<std::vector<float>> first;
-      for (const Rung rung : {Rung::store, Rung::cheap, Rung::block}) {
+      for (const Rung rung : {Rung::store, Rung::cheap, Rung::attention, Rung::block}) {
         Setup s(golden, method, compute, {rung}, cuda_backend());
         for (int step = 0; step < 4; ++step) {  // plain, recorded, replayed
           s.trainer->micro(golden.batch(step));
@@ -74,4 +74,8 @@ TEST_CASE("the optimizer's arrays give the same bytes wherever they lie, on the 
 
 TEST_CASE("block inputs give the same bytes wherever they wait, on the GPU") {
   check_offload([] { return cuda_backend(); }, {DType::F32, DType::BF16});
+}
+
+TEST_CASE("weights that come from the host for each use give the same bytes, on the GPU") {
+  check_streaming([] { return cuda_backend(); }, {DType::F32, DType::BF16});
 }

@@ -41,7 +41,7 @@ TEST_CASE("every storage rung gives the same gradients, bit for bit") {
   for (const DType compute : {DType::F64, DType::F32, DType::BF16}) {
     for (const Method method : {Method::full, Method::lora}) {
       std::vector<std::vector<float>> first;
-      for (const Rung rung : {Rung::store, Rung::cheap, Rung::block}) {
+      for (const Rung rung : {Rung::store, Rung::cheap, Rung::attention, Rung::block}) {
         Setup s(golden, method, compute, {rung}, cpu_backend());
         s.trainer->micro(golden.batch(0));
         std::vector<std::vector<float>> now;
@@ -125,4 +125,8 @@ TEST_CASE("the optimizer's arrays give the same bytes wherever they lie") {
 
 TEST_CASE("block inputs give the same bytes wherever they wait") {
   check_offload([] { return cpu_backend(); }, {DType::F64, DType::F32, DType::BF16});
+}
+
+TEST_CASE("weights that come from the host for each use give the same bytes") {
+  check_streaming([] { return cpu_backend(); }, {DType::F64, DType::F32, DType::BF16});
 }

@@ -58,6 +58,39 @@ inline void check_offload(const std::function<std::unique_ptr<Backend>()>& make_
   }
 }
 
+// Weights that come from the host for each use change no bit: trained, scored and decoded.
+inline void check_streaming(const std::function<std::unique_ptr<Backend>()>& make_backend,
+                            std::initializer_list<DType> computes) {
+  const Golden golden("untied");
+  for (const DType compute : computes) {
+    CAPTURE(name(compute));
+    std::map<std::string, std::vector<std::byte>, std::less<>> wanted;
+    std::vector<float> losses, logits;
+    std::int64_t device_bytes = 0;
+    for (const char* text : {"store", "store,stream:1", "block,stream:2", "attention,stream:1",
+                             "block:1+attention,offload:inputs,stream:2"}) {
+      CAPTURE(text);
+      Setup s(golden, Method::qlora, compute, StoragePolicy::parse(text).value(), make_backend());
+      CHECK(s.fit.total_bytes() + s.loaded->weight_bytes() == s.backend->allocated_bytes());
+      CHECK(s.fit.pinned_bytes() + s.loaded->streamed_bytes() == s.backend->host_allocated_bytes());
+      CHECK((s.loaded->streamed_bytes() > 0) == (std::string_view(text) != "store"));
+      train(golden, s, 0, 4);
+      const std::vector<float> scored = s.trainer->evaluate(golden.batch(0));
+      const std::vector<float> decoded = s.decoder->append({&golden.batch(0).tokens[0], 3});
+      if (wanted.empty()) {
+        wanted = saved(s).tensors;
+        losses = scored;
+        logits = decoded;
+        device_bytes = s.loaded->weight_bytes();
+      }
+      CHECK(saved(s).tensors == wanted);
+      CHECK(scored == losses);
+      CHECK(decoded == logits);
+      CHECK(s.loaded->weight_bytes() + s.loaded->streamed_bytes() >= device_bytes);
+    }
+  }
+}
+
 inline void check_paging(const std::function<std::unique_ptr<Backend>()>& make_backend,
                          std::initializer_list<DType> computes) {
   const Golden golden("tied");

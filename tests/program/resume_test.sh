@@ -40,7 +40,8 @@ for threads in 1 3; do
   train "$scratch/threads$threads" --threads "$threads"
   check "$threads threads: same adapter" same "$scratch/whole" "$scratch/threads$threads"
 done
-for storage in cheap block cheap:1+store block:1+cheap store,offload:inputs block,offload:gate; do
+for storage in cheap attention block cheap:1+store block:1+cheap store,offload:inputs \
+    block,offload:gate store,stream:1 block,offload:inputs,stream:2; do
   train "$scratch/$storage" --storage "$storage"
   check "storage $storage: same adapter" same "$scratch/whole" "$scratch/$storage"
 done

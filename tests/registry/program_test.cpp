@@ -93,7 +93,7 @@ TEST_CASE("a training step: every rung and thread count gives the same bytes") {
     for (const DType weights : {compute, DType::NF4, DType::Q8_0}) {
       LlamaShape shape = odd_shape(compute, weights);
       const std::vector<Bytes> wanted = step(shape, *cpu_backend(1));
-      for (const Rung rung : {Rung::store, Rung::cheap, Rung::block}) {
+      for (const Rung rung : {Rung::store, Rung::cheap, Rung::attention, Rung::block}) {
         shape.rung = rung;
         for (const int threads : {1, 3}) {
           CAPTURE(name(compute));

@@ -126,7 +126,7 @@ TEST_CASE("a training step gives the same bytes on every rung, recorded or not")
   for (const Family& family : cuda_families()) {
     for (const DType compute : kGpuComputes) {
       std::vector<Bytes> first;
-      for (const Rung rung : {Rung::store, Rung::cheap, Rung::block}) {
+      for (const Rung rung : {Rung::store, Rung::cheap, Rung::attention, Rung::block}) {
         // Large enough for the fast paths: whole tiles, heads of 64, some rows over.
         LlamaShape shape{.rows = 300,
                          .layers = 2,

@@ -221,3 +221,46 @@ TEST_CASE("no path from the seed, no gradient") {
   CHECK(g.name(backward.parameters[0].accumulator.node) == "p.grad");
   CHECK_FALSE(g.find("unused.grad"));
 }
+
+TEST_CASE("streamed weights come back in reverse order, two groups ahead of the one that is read") {
+  const std::vector<std::int64_t> groups = {0, 1, 4, 5, 9};  // blocks between them stay
+  const TensorType type{DType::F64, {3, 3}, {}};
+  const auto weight_name = [](std::int64_t group) { return "w" + std::to_string(group); };
+  Graph g(DType::F64);
+  Tensor x = g.input("x", {DType::F64, {2, 3}, {}});
+  g.require_grad(x);
+  Feeds feeds = {{"x", normals("x", 6)}, {"dy", normals("dy", 6)}};
+  Tensor plain = x;
+  for (const std::int64_t group : groups) {
+    const Tensor w = g.stream(weight_name(group), type, group);
+    CHECK(g.weight(weight_name(group), type).node == w.node);
+    x = linear(x, w);
+    plain = linear(plain, g.weight("plain." + weight_name(group), type));
+    feeds[weight_name(group)] = feeds["plain." + weight_name(group)] =
+        normals(weight_name(group), 9);
+  }
+  const std::int32_t forward = g.size();
+  const Tensor dy = g.input("dy", {DType::F64, {2, 3}, {}});
+  const Seed seed{x, dy};
+  const Tensor dx = append_backward(g, {&seed, 1}).inputs[0];
+  std::vector<std::int64_t> brought;
+  std::size_t read = 0;
+  for (std::int32_t id = forward; id < g.size(); ++id) {
+    const Node& n = g.node(id);
+    if (n.kind == NodeKind::op && n.op == OpId::page_in) {
+      brought.push_back(std::stoll(g.name(n.inputs[0].node).substr(1)));
+    } else if (n.kind == NodeKind::op) {
+      ++read;  // every other op here reads the next weight
+      CHECK(brought.size() == std::min(read + 2, groups.size()));
+    }
+  }
+  CHECK(read == groups.size());
+  CHECK(brought == std::vector<std::int64_t>(groups.rbegin(), groups.rend()));
+  const Seed plain_seed{plain, dy};
+  const Tensor plain_dx = append_backward(g, {&plain_seed, 1}).inputs[0];
+  ReferenceBackend backend;
+  const Tensor outputs[] = {x, plain, dx, plain_dx};
+  const auto values = eval(backend, g, outputs, feeds);
+  CHECK(values[0] == values[1]);
+  CHECK(values[2] == values[3]);
+}

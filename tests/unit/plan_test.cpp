@@ -261,7 +261,7 @@ TEST_CASE("llama steps are planned soundly at every rung") {
   backend.scratch = [](const OpCall& call) {
     return call.node->op == OpId::lora_linear ? std::int64_t{1000} : std::int64_t{0};
   };
-  for (const Rung rung : {Rung::store, Rung::cheap, Rung::block}) {
+  for (const Rung rung : {Rung::store, Rung::cheap, Rung::attention, Rung::block}) {
     LlamaShape shape;
     shape.rung = rung;
     shape.layers = 4;
@@ -291,7 +291,7 @@ TEST_CASE("the arena of a 7B training step is close to its lower bound") {
                    .compute = DType::BF16,
                    .weights = DType::NF4};
   std::int64_t stored = 0;
-  for (const Rung rung : {Rung::store, Rung::cheap, Rung::block}) {
+  for (const Rung rung : {Rung::store, Rung::cheap, Rung::attention, Rung::block}) {
     shape.rung = rung;
     const LlamaGraph llama = llama_training(shape);
     const Plan plan = make_plan(*llama.graph, backend);
@@ -311,7 +311,7 @@ TEST_CASE("the arena of a 7B training step is close to its lower bound") {
 // these values lie apart, or, where an op may overwrite its input, at the same address.
 TEST_CASE("the values of steps that run as one kernel do not overlap") {
   for (const std::size_t group : {2, 3, 5}) {
-    for (const Rung rung : {Rung::store, Rung::cheap, Rung::block}) {
+    for (const Rung rung : {Rung::store, Rung::cheap, Rung::attention, Rung::block}) {
       LlamaShape shape{.rows = 40, .layers = 3};
       shape.rung = rung;
       const LlamaGraph llama = llama_training(shape);
@@ -431,16 +431,35 @@ TEST_CASE("a storage policy is written and read") {
   CHECK(split.str() == "block:7+store");
   CHECK(split.of(6) == Rung::block);
   CHECK(split.of(7) == Rung::store);
-  for (const char* text : {"store", "cheap", "block", "cheap:1+store", "block:12+cheap",
-                           "block,offload:inputs", "cheap:3+store,offload:gate"}) {
+  for (const char* text :
+       {"store", "cheap", "block", "cheap:1+store", "block:12+cheap", "block:2+attention",
+        "block,offload:inputs", "store,stream:3", "cheap:3+store,offload:gate",
+        "attention,offload:inputs,stream:12", "store,loss:512", "block,stream:2,loss:1024"}) {
     const auto policy = StoragePolicy::parse(text);
     REQUIRE(policy);
     CHECK(policy->str() == text);
   }
-  for (const char* text :
-       {"", "auto", "cheap:+store", "cheap:0+store", "cheap:-1+store", "store:2+cheap", "cheap:2",
-        "cheap:2+cheap", "cheap:2+", "cheap:2x+store", "+store", ",offload:gate", "store,offload",
-        "store,offload:", "cheap,offload:gate+store"}) {
+  for (const char* text : {"",
+                           "auto",
+                           "cheap:+store",
+                           "cheap:0+store",
+                           "cheap:-1+store",
+                           "store:2+cheap",
+                           "cheap:2",
+                           "cheap:2+cheap",
+                           "cheap:2+",
+                           "cheap:2x+store",
+                           "+store",
+                           ",offload:gate",
+                           "store,offload",
+                           "store,offload:",
+                           "cheap,offload:gate+store",
+                           "store,stream:0",
+                           "store,stream:",
+                           "store,stream:2,offload:gate",
+                           "stream:2",
+                           "store,loss:100",
+                           "store,loss:512,stream:2"}) {
     CHECK_FALSE(StoragePolicy::parse(text));
   }
 }

@@ -25,6 +25,7 @@ class ReferenceBackend final : public Backend {
     return {.name = "reference",
             .description = "F64 on the host",
             .alignment = 64,
+            .allocation_bytes = 64,
             .plane_alignment = 32,
             .reads_host_memory = true,
             .memory_bytes = 0};
