@@ -127,20 +127,26 @@ class Planner {
         std::int32_t& storage = storage_[index(id)][index(output)];
         plan_.locations[index(id)][index(output)] = from;
         storage = storage_[index(in.node)][index(in.output)];
-        if (storage >= 0) extend(storage, id, output);
+        if (storage < 0) continue;
+        extend(storage, id, output);
+        holders_.push_back({{id, output}, storage});
         continue;
       }
       const std::int64_t size = bytes(n.outputs[index(output)]);
-      storage_[index(id)][index(output)] = static_cast<std::int32_t>(lifetimes_.size());
-      lifetimes_.push_back({std::max<std::int64_t>(size, 1), id, id});
+      storage_[index(id)][index(output)] =
+          add_storage({id, output}, std::max<std::int64_t>(size, 1));
       extend(storage_[index(id)][index(output)], id, output);
       plan_.locations[index(id)][index(output)] = {Location::Kind::arena, -1, 0};
     }
     const std::int64_t scratch = backend_.scratch_bytes(call);
-    if (scratch > 0) {
-      scratch_storage_.push_back({id, static_cast<std::int32_t>(lifetimes_.size())});
-      lifetimes_.push_back({scratch, id, id});
-    }
+    if (scratch > 0) add_storage({id, -1}, scratch);
+  }
+
+  std::int32_t add_storage(Ref holder, std::int64_t size) {
+    const auto storage = static_cast<std::int32_t>(lifetimes_.size());
+    lifetimes_.push_back({size, holder.node, holder.node});
+    holders_.push_back({holder, storage});
+    return storage;
   }
 
   void extend(std::int32_t storage, std::int32_t id, int output) {
@@ -181,16 +187,31 @@ class Planner {
     plan_.lower_bound_bytes = placement.lower_bound;
     for (const Lifetime& life : lifetimes_)
       plan_.unshared_bytes += round_up(life.bytes, alignment_);
-    for (const std::int32_t id : plan_.steps) {
-      for (int output = 0; output < graph_.node(id).n_outputs; ++output) {
-        Location& location = plan_.locations[index(id)][index(output)];
-        if (location.kind == Location::Kind::arena) {
-          location.offset = placement.offsets[index(storage_[index(id)][index(output)])];
-        }
+    for (const auto& [holder, storage] : holders_) {
+      const std::int64_t offset = placement.offsets[index(storage)];
+      if (holder.output < 0) {
+        plan_.scratch[index(holder.node)] = offset;
+      } else {
+        plan_.locations[index(holder.node)][index(holder.output)].offset = offset;
       }
     }
-    for (const auto& [id, storage] : scratch_storage_) {
-      plan_.scratch[index(id)] = placement.offsets[index(storage)];
+    if (layout_ == Layout::search) record_stays(placement);
+  }
+
+  // The holders of a storage follow each other without a gap: each is read where it is taken over.
+  void record_stays(const Placement& placement) {
+    std::vector<std::int32_t> newest(lifetimes_.size(), -1);  // by storage: its last stay so far
+    for (const auto& [holder, storage] : holders_) {
+      const Lifetime& life = lifetimes_[index(storage)];
+      Plan::Stay stay{holder, placement.offsets[index(storage)], round_up(life.bytes, alignment_),
+                      life.first, life.last};
+      std::int32_t& before = newest[index(storage)];
+      if (before >= 0) {
+        plan_.stays[index(before)].last = holder.node - 1;
+        stay.first = holder.node;
+      }
+      before = static_cast<std::int32_t>(plan_.stays.size());
+      plan_.stays.push_back(stay);
     }
   }
 
@@ -211,7 +232,7 @@ class Planner {
   std::vector<PerOutput> last_read_, storage_;
   std::vector<std::int32_t> group_first_, group_last_;  // by node: of its kernel
   std::vector<Lifetime> lifetimes_;
-  std::vector<std::pair<std::int32_t, std::int32_t>> scratch_storage_;
+  std::vector<std::pair<Ref, std::int32_t>> holders_;  // of each storage, in program order
 };
 
 }  // namespace

@@ -30,6 +30,16 @@ struct Plan {
   std::int64_t unshared_bytes = 0;     // if no two values ever shared memory
   std::int64_t copied_bytes = 0;       // between device and host, both ways, by a run
 
+  // Who holds `bytes` of the arena from `offset` on during nodes first..last, both included: a
+  // value until nothing reads it any more or another takes its memory over in place, or a kernel's
+  // scratch. No two stays overlap.
+  struct Stay {
+    Ref holder;  // output -1: the scratch of the node
+    std::int64_t offset, bytes;
+    std::int32_t first, last;
+  };
+  std::vector<Stay> stays;  // empty without a layout
+
   const Location& at(Ref ref) const {
     return locations[static_cast<std::size_t>(ref.node)][static_cast<std::size_t>(ref.output)];
   }

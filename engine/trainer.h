@@ -105,6 +105,11 @@ class Trainer {
 
   double plan_ratio() const;  // arena over its lower bound, the worst program
 
+  // The training program of the largest bucket, all of whose rows have labels, and its loss: the
+  // nodes before that are the forward pass.
+  const Plan& training_plan() const { return runtime_.plan(micro_.back().number); }
+  std::int32_t training_loss() const { return micro_.back().row_losses.node; }
+
   // Seconds that microbatches of `rows` rows in all and one apply() should take, and those of
   // scoring so many rows; in the largest bucket, as if all rows had labels.
   double estimate_step(const DeviceRates& rates, double average_span, double rows) const;

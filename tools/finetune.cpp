@@ -13,6 +13,7 @@
 #include "tools/alternatives.h"
 #include "tools/export.h"
 #include "tools/finetune_setup.h"
+#include "tools/plan_picture.h"
 #include "tools/plot.h"
 #include "tools/run_directory.h"
 #include "tools/text.h"
@@ -502,6 +503,15 @@ int refuse(const FinetuneSetup& s, const Recipe& asked, std::ostream& log) {
   return 1;
 }
 
+void draw_plan(const FinetuneSetup& s, const std::string& path) {
+  std::filesystem::path model(s.recipe.model);
+  if (!model.has_filename()) model = model.parent_path();  // it ended with a slash
+  const PictureText words = {
+      "memory of " + model.filename().string() + ", storage " + s.fit.storage,
+      count_text(s.buckets.back()) + " tokens at once"};
+  write_plan_picture(words, s.trainer->training_plan(), s.trainer->training_loss(), path);
+}
+
 }  // namespace
 
 int finetune(const Recipe& recipe, std::ostream& out, std::ostream& log) {
@@ -553,6 +563,10 @@ int fit(const Recipe& recipe, std::ostream& out, std::ostream& log) {
         << "\n";
   } else {
     print_fit(setup.fit, out);
+  }
+  if (!recipe.picture.empty()) {
+    draw_plan(setup, recipe.picture);
+    (recipe.json ? log : out) << "picture    " << recipe.picture << "\n";
   }
   return setup.fit.fits() ? 0 : refuse(setup, recipe, log);
 }

@@ -124,10 +124,8 @@ int main(int argc, char** argv) {
       "finetune", "Finetune a model on rows of data", finetune_recipe,
       [](CLI::App& sub, Recipe& r) { add_recipe_flags(sub, r); },
       [](const Recipe& r) { return finetune(r, std::cout, std::cerr); });
-  command(
-      "fit", "Say what a finetune with the same flags will use", fit_recipe,
-      [](CLI::App& sub, Recipe& r) { add_recipe_flags(sub, r, false); },
-      [](const Recipe& r) { return fit(r, std::cout, std::cerr); });
+  command("fit", "Say what a finetune with the same flags will use", fit_recipe, add_fit_flags,
+          [](const Recipe& r) { return fit(r, std::cout, std::cerr); });
   command("generate", "Continue a prompt", generate_request, add_generate_flags,
           [](const SamplingRequest& r) { return generate_command(r, std::cout, std::cerr); });
   command("chat", "Talk to a chat model", chat_request, add_chat_flags,

@@ -1,106 +1,15 @@
 #include "tools/plot.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
-#include <cstdint>
 
-#include "engine/os.h"
-#include "tools/font.h"
+#include "tools/canvas.h"
 #include "tools/text.h"
-
-#define STB_IMAGE_WRITE_IMPLEMENTATION
-#define STBI_WRITE_NO_STDIO
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmissing-field-initializers"
-#include <stb_image_write.h>
-#pragma GCC diagnostic pop
 
 namespace nibble {
 namespace {
 
-struct Color {
-  std::uint8_t r, g, b;
-};
-constexpr Color kInk{40, 44, 52}, kGrid{228, 230, 234}, kTrain{158, 188, 226}, kSmooth{31, 97, 180},
-    kHeldOut{214, 84, 20};
-
-class Canvas {
- public:
-  Canvas(int width, int height)
-      : width_(width),
-        height_(height),
-        pixels_(static_cast<std::size_t>(3 * width * height), 255) {}
-
-  void dot(int x, int y, Color c, double opacity = 1) {
-    if (x < 0 || y < 0 || x >= width_ || y >= height_) return;
-    std::uint8_t* p = &pixels_[static_cast<std::size_t>(3 * (y * width_ + x))];
-    const std::array<std::uint8_t, 3> rgb = {c.r, c.g, c.b};
-    for (std::size_t i = 0; i < 3; ++i) {
-      p[i] = static_cast<std::uint8_t>(std::lround(p[i] + (rgb[i] - p[i]) * opacity));
-    }
-  }
-
-  // A line `thickness` pixels wide with soft edges: each pixel near it is covered by its distance.
-  void line(double x0, double y0, double x1, double y1, double thickness, Color c) {
-    const double dx = x1 - x0, dy = y1 - y0, length = std::max(1e-9, dx * dx + dy * dy);
-    const double reach = thickness / 2 + 1;
-    for (int y = static_cast<int>(std::min(y0, y1) - reach); y <= std::max(y0, y1) + reach; ++y) {
-      for (int x = static_cast<int>(std::min(x0, x1) - reach); x <= std::max(x0, x1) + reach; ++x) {
-        const double t = std::clamp(((x - x0) * dx + (y - y0) * dy) / length, 0.0, 1.0);
-        const double distance = std::hypot(x - x0 - t * dx, y - y0 - t * dy);
-        const double cover = std::clamp(thickness / 2 + 0.5 - distance, 0.0, 1.0);
-        if (cover > 0) dot(x, y, c, cover);
-      }
-    }
-  }
-
-  void disc(double cx, double cy, double radius, Color c) { line(cx, cy, cx, cy, 2 * radius, c); }
-
-  // Text of the 5 x 7 font, `scale` pixels a dot, its top left corner at (x, y).
-  void text(int x, int y, const std::string& text, int scale, Color c) {
-    for (const char letter : text) {
-      const std::array<std::uint8_t, 5>& columns = glyph(letter);
-      for (int column = 0; column < 5; ++column) {
-        for (int row = 0; row < 7; ++row) {
-          if ((columns[static_cast<std::size_t>(column)] >> row & 1) == 0) continue;
-          for (int i = 0; i < scale * scale; ++i) {
-            dot(x + column * scale + i % scale, y + row * scale + i / scale, c);
-          }
-        }
-      }
-      x += 6 * scale;
-    }
-  }
-  static int text_width(const std::string& text, int scale) {
-    return 6 * scale * static_cast<int>(text.size()) - scale;
-  }
-
-  void save(const std::string& path) const {
-    std::string png;
-    stbi_write_png_to_func(
-        [](void* to, void* data, int size) {
-          static_cast<std::string*>(to)->append(static_cast<const char*>(data),
-                                                static_cast<std::size_t>(size));
-        },
-        &png, width_, height_, 3, pixels_.data(), 3 * width_);
-    os::write_file(path, png);
-  }
-
- private:
-  int width_, height_;
-  std::vector<std::uint8_t> pixels_;
-};
-
-// A round distance between ticks that gives at most `most` of them.
-double tick_step(double range, int most) {
-  const double raw = std::max(range, 1e-12) / most;
-  const double power = std::pow(10.0, std::floor(std::log10(raw)));
-  for (const double factor : {1.0, 2.0, 5.0}) {
-    if (factor * power >= raw) return factor * power;
-  }
-  return 10 * power;
-}
+constexpr Color kTrain{158, 188, 226}, kSmooth{31, 97, 180}, kHeldOut{214, 84, 20};
 
 using Points = std::vector<std::pair<double, double>>;
 
@@ -153,7 +62,7 @@ class Axes {
 
   void draw() {
     const double dy = tick_step(y_most_ - y_least_, 8);
-    const int digits = std::max(0, -static_cast<int>(std::floor(std::log10(dy) + 1e-9)));
+    const int digits = tick_digits(dy);
     const double first = std::ceil(y_least_ / dy);
     for (int tick = 0; (first + tick) * dy <= y_most_; ++tick) {
       const double v = (first + tick) * dy;

@@ -223,6 +223,14 @@ void add_recipe_flags(CLI::App& command, Recipe& r, bool needs_data) {
       ->capture_default_str();
 }
 
+void add_fit_flags(CLI::App& command, Recipe& r) {
+  add_recipe_flags(command, r, /*needs_data=*/false);
+  command
+      .add_option("--picture", r.picture,
+                  "draw who holds which bytes of the arena, step by step, to this PNG")
+      ->group("What is kept");
+}
+
 nlohmann::ordered_json to_json(const Recipe& r) {
   return {{"model", r.model},
           {"method", r.method},

@@ -28,6 +28,7 @@ struct Recipe {
   BackendChoice where;
   std::string out, compute, memory, host_memory, card, storage = "auto";
   bool resume = false, overwrite = false, dry_run = false, json = false;
+  std::string picture;  // of the memory plan; fit only
   // adapter
   std::int64_t rank = 16;
   double alpha = 0, dropout = 0;  // alpha 0: twice the rank
@@ -49,8 +50,10 @@ struct Recipe {
   std::int64_t eval_every = 0, save_every = 0, keep_checkpoints = 2;  // 0: ten times a run
 };
 
-// Adds the flags of `recipe` to a command. `recipe` must outlive the parse.
+// Adds the flags of `recipe` to a command. `recipe` must outlive the parse. fit has those of
+// finetune, without --data being needed, and its own.
 void add_recipe_flags(CLI::App& command, Recipe& recipe, bool needs_data = true);
+void add_fit_flags(CLI::App& command, Recipe& recipe);
 
 // All flags but --out, --backend, --threads and the switches of a single start.
 nlohmann::ordered_json to_json(const Recipe& recipe);

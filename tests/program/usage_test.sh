@@ -68,6 +68,10 @@ check "rows as the trainer sees them" grep -q "EOS is trained in 296 rows" <("$n
 check "inspect a model" grep -q '"kind":"model"' <("$nibble" inspect tiny --json)
 check "inspect an adapter" grep -q "LoRA adapter, 28 linears" <("$nibble" inspect "$scratch/run/adapter.gguf")
 check "fit as JSON" grep -q '"fits":true' <("$nibble" fit --model tiny --data $rows --json 2>/dev/null)
+check "the plan as a picture" exits 0 "storage cheap" "$nibble" fit --model tiny --data $rows --storage cheap --picture "$scratch/plan.png"
+check "which is a PNG" test "$(head -c 8 "$scratch/plan.png" | od -An -tx1 | tr -d ' \n')" = 89504e470d0a1a0a
+check "a picture that cannot be written" exits 1 "nowhere/plan.png" "$nibble" fit --model tiny --data $rows --picture "$scratch/nowhere/plan.png"
+check "is said in one line" test "$(grep -c plan.png "$scratch/err")" = 1
 # What a refusal offers, run through fit.
 "$nibble" finetune --model tiny --data $rows --rank 64 --memory 14M 2>"$scratch/offers" >"$scratch/out"
 grep -o "nibble finetune .*" "$scratch/offers" | sed 's/^nibble finetune/fit/' >"$scratch/lines"

@@ -118,8 +118,48 @@ class Owners {
   std::vector<Owned> owned_;
 };
 
+// Empty, or what is wrong with the stays of a plan: they fill each value's memory from the step
+// that writes it on, none overlaps another, and at most the lower bound is held at a time.
+std::string wrong_with_stays(const Plan& plan, const Backend& backend) {
+  const Graph& graph = *plan.graph;
+  std::size_t expected = 0;
+  for (const std::int32_t id : plan.steps) {
+    expected += plan.scratch[static_cast<std::size_t>(id)] >= 0;
+    for (int o = 0; o < graph.node(id).n_outputs; ++o) {
+      expected += plan.at({id, o}).kind == Location::Kind::arena;
+    }
+  }
+  if (plan.stays.size() != expected) return "a holder has no stay, or two";
+  std::vector<std::int64_t> change(static_cast<std::size_t>(graph.size()) + 2);
+  for (std::size_t i = 0; i < plan.stays.size(); ++i) {
+    const Plan::Stay& a = plan.stays[i];
+    const std::string who = "the stay of %" + std::to_string(a.holder.node);
+    const bool scratch = a.holder.output < 0;
+    const std::int64_t offset =
+        scratch ? plan.scratch[static_cast<std::size_t>(a.holder.node)] : plan.at(a.holder).offset;
+    const std::int64_t size = scratch ? backend.scratch_bytes(describe(graph, a.holder.node))
+                                      : bytes(graph.type(a.holder));
+    if (a.offset != offset || a.bytes < size) return who + " is not where its holder lies";
+    if (a.offset < 0 || a.offset + a.bytes > plan.arena_bytes) return who + " leaves the arena";
+    if (a.first > a.holder.node || a.last < a.holder.node) return who + " misses its step";
+    change[static_cast<std::size_t>(a.first)] += a.bytes;
+    change[static_cast<std::size_t>(a.last) + 1] -= a.bytes;
+    for (std::size_t k = 0; k < i; ++k) {
+      const Plan::Stay& b = plan.stays[k];
+      const bool together = a.first <= b.last && b.first <= a.last;
+      if (together && a.offset < b.offset + b.bytes && b.offset < a.offset + a.bytes) {
+        return who + " overlaps that of %" + std::to_string(b.holder.node);
+      }
+    }
+  }
+  std::int64_t held = 0, most = 0;
+  for (const std::int64_t c : change) most = std::max(most, held += c);
+  return most == plan.lower_bound_bytes ? "" : "the stays do not add up to the lower bound";
+}
+
 std::string wrong_with(const Plan& plan, const Backend& backend) {
-  return Owners(plan).check(backend);
+  const std::string problem = Owners(plan).check(backend);
+  return problem.empty() ? wrong_with_stays(plan, backend) : problem;
 }
 
 // A plan in which no two values share memory: what any plan must compute the same as.
@@ -319,6 +359,7 @@ TEST_CASE("the values of steps that run as one kernel do not overlap") {
       ReferenceBackend backend;
       backend.group = group;
       const Plan plan = make_plan(g, backend);
+      CHECK(wrong_with_stays(plan, backend) == "");
       for (std::size_t first = 0; first < plan.steps.size();) {
         std::vector<Ref> values, written;
         std::size_t end = first;
