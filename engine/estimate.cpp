@@ -1,6 +1,7 @@
 #include "engine/estimate.h"
 
 #include <algorithm>
+#include <deque>
 
 #include "engine/cost.h"
 
@@ -42,10 +43,11 @@ double decoded_bytes(const OpCall& call) {
 }  // namespace
 
 // The streams in program order: a copy out starts when what it copies is there, and lets go of its
-// memory, which the next one needs, when it ends; a copy in starts when everything before it has
+// memory, which a later one needs, when it ends; a copy in starts when everything before it has
 // been started and its memory is free, and is waited for by what reads it.
 double estimate_seconds(const Plan& plan, const DeviceRates& rates, double average_span) {
   double compute = 0, in = 0, out = 0;
+  std::deque<double> leaving;  // when the copies under way end
   std::vector<double> arrives(static_cast<std::size_t>(plan.graph->size()));
   for (std::size_t i = 0; i < plan.steps.size(); ++i) {
     const std::int32_t id = plan.steps[i];
@@ -56,8 +58,11 @@ double estimate_seconds(const Plan& plan, const DeviceRates& rates, double avera
       continue;
     }
     if (call.node->op == OpId::page_out) {
-      compute = std::max(compute, out);
-      out = compute + copied;
+      leaving.push_back(out = std::max(compute, out) + copied);
+      if (leaving.size() > copies_in_flight(*plan.graph)) {
+        compute = std::max(compute, leaving.front());
+        leaving.pop_front();
+      }
       continue;
     }
     for (int k = 0; k < call.n_inputs; ++k) {

@@ -1,6 +1,7 @@
 #include "engine/plan.h"
 
 #include <algorithm>
+#include <deque>
 
 #include "engine/error.h"
 
@@ -97,18 +98,19 @@ class Planner {
     storage_.assign(index(graph_.size()), PerOutput{-1, -1, -1});
   }
 
-  // A copy to the host runs beside the steps after it: what it reads stays until the next one
-  // starts, or those steps would wait for the memory.
+  // A copy to the host runs beside the steps after it: what it reads stays for a while, or those
+  // steps would wait for the memory.
   void keep_while_copied() {
-    Ref copied;
+    std::deque<Ref> copied;
     for (const std::int32_t id : plan_.steps) {
       const Node& n = graph_.node(id);
       if (n.op != OpId::page_out) continue;
-      if (copied.node >= 0) {
-        std::int32_t& last = last_read_[index(copied.node)][index(copied.output)];
-        last = std::max(last, id);
-      }
-      copied = n.inputs[1];
+      copied.push_back(n.inputs[1]);
+      if (copied.size() <= copies_in_flight(graph_)) continue;
+      const Ref value = copied.front();
+      copied.pop_front();
+      std::int32_t& last = last_read_[index(value.node)][index(value.output)];
+      last = std::max(last, id);
     }
   }
 
@@ -243,6 +245,14 @@ void check_memory_limit(std::string_view purpose, std::int64_t bytes, std::int64
   throw OutOfMemory(std::string(purpose) + ": " + std::to_string(bytes) + " bytes do not fit; " +
                         std::to_string(allocated) + " of " + std::to_string(limit) + " are in use",
                     allocated + bytes, limit);
+}
+
+std::size_t copies_in_flight(const Graph& graph) {
+  const std::span<const Graph::OnHost> all = graph.offloaded();
+  const auto of_first = std::count_if(all.begin(), all.end(), [&](const Graph::OnHost& value) {
+    return value.group == all.front().group;
+  });
+  return static_cast<std::size_t>(std::max<std::ptrdiff_t>(1, of_first - 1));
 }
 
 Plan make_plan(const Graph& graph, const Backend& backend, Layout layout) {

@@ -49,6 +49,11 @@ struct Plan {
 // the search meets on training graphs, and the plan cannot be run.
 enum class Layout : std::uint8_t { search, bound };
 
+// Copies to the host that may be under way before a step waits: what each reads keeps its memory
+// until so many more have started. All but one of those that a block sends, so that its large
+// values get a block's time; the optimizer's pages take turns.
+std::size_t copies_in_flight(const Graph& graph);
+
 // Plans `graph` for `backend`. Nodes that neither update a state nor lead to a kept value are left
 // out. Throws Unsupported naming op, dtypes and backend when a kernel is missing.
 Plan make_plan(const Graph& graph, const Backend& backend, Layout layout = Layout::search);

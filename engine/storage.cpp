@@ -49,6 +49,7 @@ std::string StoragePolicy::str() const {
   if (offload != Offload::none) {
     text += kOffload;
     text += kOffloadNames[static_cast<std::size_t>(offload) - 1];
+    if (offload_split > 0) text += ":" + std::to_string(offload_split);
   }
   if (streamed > 0) text += std::string(kStream) + std::to_string(streamed);
   if (loss_rows > 0) text += std::string(kLoss) + std::to_string(loss_rows);
@@ -67,7 +68,12 @@ std::optional<StoragePolicy> StoragePolicy::parse(std::string_view text) {
     if (!streamed) return {};
     policy.streamed = *streamed;
   }
-  if (const auto name = take_suffix(text, kOffload)) {
+  if (auto name = take_suffix(text, kOffload)) {
+    if (const auto blocks = take_suffix(*name, ":")) {
+      const auto count = parse_count(*blocks);
+      if (!count) return {};
+      policy.offload_split = *count;
+    }
     const auto found = std::find(kOffloadNames.begin(), kOffloadNames.end(), *name);
     if (found == kOffloadNames.end()) return {};
     policy.offload = static_cast<Offload>(found - kOffloadNames.begin() + 1);

@@ -25,16 +25,22 @@ struct StoragePolicy {
   Rung lean = Rung::store;  // of the first `split` blocks
   std::int64_t split = 0;
   Offload offload = Offload::none;
-  std::int64_t streamed = 0;   // blocks whose weights come from the host for each use
-  std::int64_t loss_rows = 0;  // the most whose logits exist at a time; 0: what is fastest
+  std::int64_t offload_split = 0;  // not 0: of the first so many blocks, the rest one level less
+  std::int64_t streamed = 0;       // blocks whose weights come from the host for each use
+  std::int64_t loss_rows = 0;      // the most whose logits exist at a time; 0: what is fastest
 
   Rung of(std::int64_t block) const { return block < split ? lean : rung; }
+  Offload offload_of(std::int64_t block) const {
+    if (offload_split == 0 || block < offload_split) return offload;
+    return static_cast<Offload>(static_cast<int>(offload) - 1);
+  }
   // The streamed blocks are spread evenly over all, and the copies over the step.
   bool streams(std::int64_t block, std::int64_t blocks) const {
     return (block + 1) * streamed / blocks > block * streamed / blocks;
   }
   // "store", or "cheap:12+store": the first 12 blocks stand on cheap, the rest on store; then
-  // ",offload:inputs", ":attention" or ":gate", then ",stream:12", then ",loss:512" may follow.
+  // ",offload:inputs", ":attention" or ":gate", perhaps with ":12", then ",stream:12", then
+  // ",loss:512" may follow.
   std::string str() const;
   // None if the text is not what str() writes.
   static std::optional<StoragePolicy> parse(std::string_view text);

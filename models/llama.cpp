@@ -105,7 +105,7 @@ Tensor Llama::weight(Graph& graph, const std::string& name) const {
 
 void Llama::offload(Graph& graph, Tensor x, Offload what, const char* name, std::int64_t block,
                     const LossInputs* inputs) {
-  if (inputs == nullptr || !inputs->training || inputs->storage.offload < what) return;
+  if (inputs == nullptr || !inputs->training || inputs->storage.offload_of(block) < what) return;
   graph.offload(x, block_name(block, name), block);
 }
 

@@ -1,5 +1,6 @@
 // Which storage policy and how much paging a run gets, and what that costs.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <optional>
 #include <ostream>
@@ -151,6 +152,7 @@ class Chooser {
     Leaving best_leaving = Leaving::none;
     const auto consider = [&](Policy policy, Leaving leaving) {
       search(policy, leaving);
+      if (offload_less(policy)) search(policy, leaving);
       const double needed = seconds();
       const bool better = best_excess > 0 ? excess_ < best_excess
                                           : excess_ <= 0 && needed < kWorthwhile * best_seconds;
@@ -171,6 +173,7 @@ class Chooser {
     }
     // Where logits are what takes most, fewer of them leave room for the blocks.
     from.storage.offload = best.storage.offload;
+    from.storage.offload_split = best.storage.offload_split;
     from.storage.loss_rows = kFewLossRows;
     consider(from, best_leaving);
     excess_ = best_excess;
@@ -237,6 +240,20 @@ class Chooser {
     page(policy);
     stream(policy);
   }
+  // Where the host has no room for what every block may send, fewer blocks send it.
+  bool offload_less(Policy& policy) {
+    std::int64_t& all_blocks = offloaded_bytes_[static_cast<std::size_t>(policy.storage.offload)];
+    all_blocks = s_.trainer->runtime().page_bytes();
+    if (pinned_fits() || policy.storage.offload == Offload::none) return false;
+    const std::int64_t one_level_less =
+        offloaded_bytes_[static_cast<std::size_t>(policy.storage.offload) - 1];
+    const std::int64_t layers = s_.loaded->config().layers;
+    const std::int64_t each = (all_blocks - one_level_less) / layers;
+    const std::int64_t over = s_.fit.pinned_bytes() - s_.fit.pinned_budget_bytes;
+    if (each <= 0 || over >= each * layers) return false;
+    policy.storage.offload_split = layers - (over + each - 1) / each;
+    return policy.storage.offload_split > 0;
+  }
   // The fastest rungs that fit with `room` bytes more than there are: from the fastest to the
   // leanest, and between the last that does not fit and the first that does as few lean blocks as
   // possible. Bytes are all but linear in their number, so that a few plans find it.
@@ -278,8 +295,9 @@ class Chooser {
 
   FinetuneSetup& s_;
   std::int64_t sample_context_;
-  std::int64_t excess_ = 0;  // bytes too many, of the last plan
-  std::int64_t margin_ = 0;  // what drafts came out too small by
+  std::int64_t excess_ = 0;                        // bytes too many, of the last plan
+  std::int64_t margin_ = 0;                        // what drafts came out too small by
+  std::array<std::int64_t, 4> offloaded_bytes_{};  // by what every block sends
 };
 
 }  // namespace
@@ -305,7 +323,9 @@ void plan_model(FinetuneSetup& s, std::int64_t sample_context) {
   std::optional<StoragePolicy> forced;
   if (r.storage != "auto") {
     forced = StoragePolicy::parse(r.storage);
-    if (!forced || std::max(forced->split, forced->streamed) > s.loaded->config().layers) {
+    const std::int64_t layers = s.loaded->config().layers;
+    if (!forced || forced->split > layers || forced->streamed > layers ||
+        forced->offload_split > layers) {
       throw Error("--storage " + r.storage +
                   ": write auto, store, cheap, attention or block, or LEANER:N+RUNG with a leaner "
                   "one of these for the first N of the " +

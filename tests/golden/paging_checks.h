@@ -43,7 +43,8 @@ inline void check_offload(const std::function<std::unique_ptr<Backend>()>& make_
       std::map<std::string, std::vector<std::byte>, std::less<>> wanted;
       for (const char* text :
            {"store", "store,offload:inputs", "cheap,offload:attention",
-            "block:1+cheap,offload:gate", "block,offload:inputs", "block,offload:gate"}) {
+            "block:1+cheap,offload:gate", "block,offload:inputs", "block,offload:gate",
+            "attention,offload:gate:1", "block,offload:inputs:1"}) {
         CAPTURE(text);
         Setup s(golden, method, compute, StoragePolicy::parse(text).value(), make_backend());
         const FitReport fit = s.trainer->fit();

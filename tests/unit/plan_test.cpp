@@ -475,6 +475,7 @@ TEST_CASE("a storage policy is written and read") {
   for (const char* text :
        {"store", "cheap", "block", "cheap:1+store", "block:12+cheap", "block:2+attention",
         "block,offload:inputs", "store,stream:3", "cheap:3+store,offload:gate",
+        "block,offload:gate:5", "cheap,offload:inputs:2,stream:1",
         "attention,offload:inputs,stream:12", "store,loss:512", "block,stream:2,loss:1024"}) {
     const auto policy = StoragePolicy::parse(text);
     REQUIRE(policy);
@@ -500,6 +501,9 @@ TEST_CASE("a storage policy is written and read") {
                            "store,stream:2,offload:gate",
                            "stream:2",
                            "store,loss:100",
+                           "store,offload:gate:0",
+                           "store,offload:gate:",
+                           "store,offload:2",
                            "store,loss:512,stream:2"}) {
     CHECK_FALSE(StoragePolicy::parse(text));
   }
