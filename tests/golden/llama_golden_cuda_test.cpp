@@ -72,6 +72,7 @@ TEST_CASE("what fit() predicts is what is allocated on the GPU, to the byte") {
 TEST_CASE("the optimizer's arrays give the same bytes wherever they lie, on the GPU") {
   for (const Optimizer optimizer : {Optimizer::adamw, Optimizer::adamw8bit}) {
     check_paging([] { return cuda_backend(); }, {DType::F32, DType::BF16}, optimizer);
+    check_split_segment([] { return cuda_backend(); }, {DType::F32, DType::BF16}, optimizer);
   }
 }
 

@@ -123,6 +123,7 @@ TEST_CASE("what fit() predicts is what is allocated, to the byte") {
 TEST_CASE("the optimizer's arrays give the same bytes wherever they lie") {
   for (const Optimizer optimizer : {Optimizer::adamw, Optimizer::adamw8bit}) {
     check_paging([] { return cpu_backend(); }, {DType::F64, DType::F32, DType::BF16}, optimizer);
+    check_split_segment([] { return cpu_backend(); }, {DType::F32, DType::BF16}, optimizer);
   }
 }
 

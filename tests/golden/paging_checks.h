@@ -102,6 +102,67 @@ inline void check_paging(const std::function<std::unique_ptr<Backend>()>& make_b
   }
 }
 
+// A segment of three blocks of which the last, or the last two, are on the host: trained, saved
+// half way and gone on with under another split.
+inline void check_split_segment(const std::function<std::unique_ptr<Backend>()>& make_backend,
+                                std::initializer_list<DType> computes, Optimizer optimizer) {
+  constexpr std::int64_t kVocabulary = 40, kChannels = 256, kTokens = 16;
+  Microbatch batch;
+  for (std::int32_t i = 0; i < kTokens; ++i) {
+    batch.tokens.push_back(i * 7 % kVocabulary);
+    batch.positions.push_back(i);
+    batch.labels.push_back((i + 1) * 7 % kVocabulary);
+    batch.span_begin.push_back(0);
+    batch.ordinal.push_back(i);
+  }
+  std::vector<float> initial;
+  for (int i = 0; i < kVocabulary * kChannels; ++i) {
+    initial.push_back(static_cast<float>(i * 37 % 101 - 50) / 100);
+  }
+  for (const DType compute : computes) {
+    std::optional<MemoryState> half_way, wanted;
+    for (const std::int64_t paged : {0, 1, 2}) {
+      CAPTURE(name(compute));
+      CAPTURE(paged);
+      const auto backend = make_backend();
+      TrainerOptions options;
+      options.compute = compute;
+      options.optimizer = optimizer;
+      options.buckets = {kTokens};
+      options.paged_elements = paged * kParameterBlock;
+      ParameterTable table;
+      table.add("w", kVocabulary, kChannels, 1, 0.01f);
+      const auto build = [&](Graph& g, const LossInputs& in) {
+        const Tensor w = g.parameter("w", {compute, {kVocabulary, kChannels}, {}});
+        return linear_cross_entropy(embedding(in.tokens, w), w, in.labels, in.loss_rows,
+                                    in.training);
+      };
+      Trainer trainer(*backend, table, build, options);
+      trainer.allocate();
+      const auto steps = [&](int count) {
+        for (int i = 0; i < count; ++i) {
+          trainer.micro(batch);
+          trainer.apply(1e-2);
+        }
+        MemoryState state;
+        trainer.save(state);
+        return state;
+      };
+      trainer.set_parameter("w", initial);
+      CHECK(trainer.parameter("w") == initial);
+      const MemoryState early = steps(2);
+      if (!half_way) half_way = early;
+      CHECK(early.tensors == half_way->tensors);
+      steps(1);
+      trainer.load(*half_way);
+      const MemoryState late = steps(2);
+      if (!wanted) wanted = late;
+      CHECK(late.tensors == wanted->tensors);
+      CHECK(late.tensors != early.tensors);
+    }
+  }
+}
+
 // Moments in 8 bits, in a trainer: what they take, that they train like moments in F32, and that
 // neither kind of checkpoint is taken for the other.
 inline void check_small_moments(const std::function<std::unique_ptr<Backend>()>& make_backend,
