@@ -97,7 +97,7 @@ class Trainer {
   std::int64_t step() const { return step_; }  // applied so far
 
   // Parameters, moments and the step; only between steps. Moments in 8 bits are written as they are
-  // stored, I8 [blocks, kMomentBlockBytes]: no file format of ours has U8.
+  // stored, I8 [blocks, kMomentBlockBytes], since GGUF has no U8.
   void save(StateSink& sink) const;
   void load(StateSource& source);
 
