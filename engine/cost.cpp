@@ -47,7 +47,9 @@ OpCost op_cost(const OpCall& call, double average_span) {
   for (int i = 0; i < call.n_inputs; ++i) {
     // Rows picked by number: the table is read as far as it is used.
     const bool table = call.node->op == OpId::embedding && i == 1;
-    cost.bytes += static_cast<double>(bytes(table ? call.out_types[0] : in(call, i)));
+    const bool written = (op_def(call.node->op).also_writes >> i & 1) != 0;
+    cost.bytes +=
+        (written ? 2 : 1) * static_cast<double>(bytes(table ? call.out_types[0] : in(call, i)));
   }
   for (int i = 0; i < call.n_outputs; ++i) {
     cost.bytes += static_cast<double>(bytes(call.out_types[static_cast<std::size_t>(i)]));

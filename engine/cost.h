@@ -7,7 +7,7 @@ namespace nibble {
 
 struct OpCost {
   double flops = 0;  // multiply-adds of products count twice; attention counts what is not masked
-  double bytes = 0;  // every input read once, every output written once, as stored
+  double bytes = 0;  // every input read once, every result written once, as stored
 };
 
 // `average_span`: rows of a document, for attention.

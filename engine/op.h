@@ -63,6 +63,7 @@ struct Sample {
     cache,       // compute dtype, updated in place
     index,       // I32, filled by `indices`
     counter,     // I64, filled by `indices`
+    bytes,       // U8, updated in place, filled by `indices`
   };
   struct Input {
     Role role;

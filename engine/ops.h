@@ -185,6 +185,13 @@ Tensor sum_squares(Tensor acc, Tensor x);
 Tensor adamw(Tensor master, Tensor m, Tensor v, Tensor grad, Tensor block_table, Tensor scalars,
              Tensor norm);
 
+// Bytes of 4096 elements of a moment in 8 bits: their codes, then one F32 absmax per 256 of them.
+inline constexpr std::int64_t kMomentBlockBytes = 4096 + 4096 / 256 * 4;
+// adamw with moments in 8 bits: m and v are U8 [n / 4096 * kMomentBlockBytes]. All zero bytes are
+// moments of zero. An element whose gradient is not finite keeps its master and loses its moments.
+Tensor adamw8bit(Tensor master, Tensor m, Tensor v, Tensor grad, Tensor block_table, Tensor scalars,
+                 Tensor norm);
+
 // target = x rounded to the target's dtype; target: a state. Returns its new version. Both are F64,
 // F32 or BF16.
 Tensor convert(Tensor target, Tensor x);

@@ -9,6 +9,8 @@
 // ties to the even index.
 #pragma once
 
+#include <array>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -21,6 +23,18 @@ extern const float nf4_values[16];
 extern const float nf4_thresholds[15];
 extern const float fp4_values[16];
 extern const float dynamic_map_signed[256];
+extern const float dynamic_map_unsigned[256];
+
+// The code of x in a dynamic map is the number of thresholds below x, strictly. That is the nearest
+// entry by F32 midpoint: a threshold is the midpoint or, where a tie must go up to be even, the
+// float before it.
+constexpr float dynamic_map_threshold(const float* map, int i) {
+  const float midpoint = (map[i + 1] + map[i]) * 0.5f;
+  if (i % 2 == 0) return midpoint;
+  const auto bits = std::bit_cast<std::uint32_t>(midpoint);
+  return std::bit_cast<float>(midpoint > 0 ? bits - 1 : bits + 1);
+}
+extern const std::array<float, 255> dynamic_thresholds_signed, dynamic_thresholds_unsigned;
 
 // Whether quantize() can produce this type.
 bool can_quantize(DType dtype);

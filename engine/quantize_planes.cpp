@@ -123,24 +123,11 @@ void encode_block(std::span<const float> values, float absmax, std::byte* out) {
   }
 }
 
-// Nearest entry of the map by F32 midpoints; a value on a midpoint takes the even index.
-class MapEncoder {
- public:
-  MapEncoder() {
-    for (std::size_t i = 0; i < midpoints_.size(); ++i) {
-      midpoints_[i] = (dynamic_map_signed[i + 1] + dynamic_map_signed[i]) * 0.5f;
-    }
-  }
-  std::uint8_t code(float x) const {
-    const auto at = std::lower_bound(midpoints_.begin(), midpoints_.end(), x);
-    const auto index = at - midpoints_.begin();
-    const bool tie = at != midpoints_.end() && *at == x;
-    return static_cast<std::uint8_t>(index + (tie && index % 2 != 0 ? 1 : 0));
-  }
-
- private:
-  std::array<float, 255> midpoints_;
-};
+std::uint8_t map_code(float x) {
+  const auto& thresholds = dynamic_thresholds_signed;
+  const auto at = std::lower_bound(thresholds.begin(), thresholds.end(), x);
+  return static_cast<std::uint8_t>(at - thresholds.begin());
+}
 
 void store(std::byte* at, float value) { std::memcpy(at, &value, sizeof value); }
 
@@ -151,7 +138,6 @@ float load(const std::byte* at) {
 }
 
 void double_quantize(const Planes& layout, std::vector<float>& absmax, std::byte* out) {
-  const MapEncoder map;
   double sum = 0;
   for (const float value : absmax) sum += value;
   const float offset =
@@ -170,7 +156,7 @@ void double_quantize(const Planes& layout, std::vector<float>& absmax, std::byte
       continue;
     }
     with_scaling(scale, [&](auto scaled) {
-      for (std::size_t i = 0; i < group.size(); ++i) codes[i] = map.code(scaled(group[i]));
+      for (std::size_t i = 0; i < group.size(); ++i) codes[i] = map_code(scaled(group[i]));
     });
   }
 }

@@ -69,7 +69,7 @@ void Trainer::choose_pages() {
   resident_ = (resident_ - paged) / kParameterBlock * kParameterBlock;
   page_ = kLargestPage;
   while (page_ > kSmallestPage &&
-         2 * page_ * pageable_bytes_per_element() > runtime_.arena_bytes()) {
+         2 * (page_ / kParameterBlock) * pageable_bytes_per_block() > runtime_.arena_bytes()) {
     page_ /= 2;
   }
 }
@@ -89,8 +89,9 @@ double Trainer::estimate_evaluation(const DeviceRates& rates, double average_spa
          estimate_seconds(runtime_.plan(largest.number), rates, average_span);
 }
 
-std::int64_t Trainer::pageable_bytes_per_element() const {
-  return (pages_masters() ? 3 : 2) * static_cast<std::int64_t>(array_element_bytes());
+std::int64_t Trainer::pageable_bytes_per_block() const {
+  const std::int64_t masters = pages_masters() ? kParameterBlock * element_bytes() : 0;
+  return masters + 2 * bytes(moment_type(kParameterBlock));
 }
 
 std::vector<Trainer::Page> Trainer::pages() const {
@@ -136,12 +137,13 @@ int Trainer::add_apply() {
     Tensor master, first, second;
   };
   const auto stored = [&](const Page& page) {
-    const auto leaf = [&](const char* name, bool pageable) {
-      const TensorType type{stat, {page.count}, {}};
+    const auto leaf = [&](const char* name, const TensorType& type, bool pageable) {
       return page.paged && pageable ? graph->page(name + page.suffix(), type)
                                     : graph->state(name + page.suffix(), type);
     };
-    return Values{leaf("master", pages_masters()), leaf("m", true), leaf("v", true)};
+    const TensorType moment = moment_type(page.count);
+    return Values{leaf("master", {stat, {page.count}, {}}, pages_masters()),
+                  leaf("m", moment, true), leaf("v", moment, true)};
   };
   const auto come = [&](const Page& page) {
     Values values = stored(page);
@@ -172,8 +174,9 @@ int Trainer::add_apply() {
     }
     const Tensor table =
         graph->input("blocks" + page.suffix(), {stat, {page.count / kParameterBlock, 2}, {}});
+    const auto take_step = options_.optimizer == Optimizer::adamw8bit ? adamw8bit : adamw;
     const Tensor master =
-        adamw(values.master, values.first, values.second, gradient(page), table, scalars, norm);
+        take_step(values.master, values.first, values.second, gradient(page), table, scalars, norm);
     if (options_.compute == DType::BF16) {
       convert(graph->state("copy" + page.suffix(), {DType::BF16, {page.count}, {}}), master);
     }
@@ -188,29 +191,30 @@ int Trainer::add_apply() {
   return runtime_.add(std::move(graph));
 }
 
-std::size_t Trainer::array_element_bytes() const {
-  return options_.compute == DType::F64 ? sizeof(double) : sizeof(float);
+std::int64_t Trainer::element_bytes() const { return options_.compute == DType::F64 ? 8 : 4; }
+
+TensorType Trainer::moment_type(std::int64_t count) const {
+  if (options_.optimizer == Optimizer::adamw8bit) {
+    return {DType::U8, {count / kParameterBlock * kMomentBlockBytes}, {}};
+  }
+  return {options_.compute == DType::F64 ? DType::F64 : DType::F32, {count}, {}};
 }
 
 FitReport Trainer::fit() const {
   FitReport report;
   const std::int64_t alignment = backend_.info().allocation_bytes;
-  const std::int64_t array = round_up(
-      parameters_.elements() * static_cast<std::int64_t>(array_element_bytes()), alignment);
-  const auto pageable = [&](std::int64_t arrays) {
-    return arrays *
-           round_up(resident_ * static_cast<std::int64_t>(array_element_bytes()), alignment);
-  };
-  report.device.push_back({"masters", pages_masters() ? pageable(1) : array});
+  const std::int64_t array = round_up(parameters_.elements() * element_bytes(), alignment);
+  const std::int64_t resident = round_up(resident_ * element_bytes(), alignment);
+  report.device.push_back({"masters", pages_masters() ? resident : array});
   if (options_.compute == DType::BF16) {
     report.device.push_back({"adapters", round_up(2 * parameters_.elements(), alignment)});
   }
   if (options_.training) {
     report.device.push_back({"gradients", array});
-    report.device.push_back({"moments", pageable(2)});
+    report.device.push_back({"moments", 2 * round_up(bytes(moment_type(resident_)), alignment)});
   }
   if (paged_elements() > 0) {
-    report.pinned.push_back({"optimizer pages", paged_elements() * pageable_bytes_per_element()});
+    report.pinned.push_back({"optimizer pages", paged_bytes()});
   }
   if (runtime_.page_bytes() > 0) {
     report.pinned.push_back({"offloaded activations", runtime_.page_bytes()});
@@ -224,19 +228,19 @@ FitReport Trainer::fit() const {
 
 std::int64_t Trainer::block_table_bytes() const {
   if (!options_.training) return 0;
-  return 2 * parameters_.elements() / kParameterBlock *
-         static_cast<std::int64_t>(array_element_bytes());
+  return 2 * parameters_.elements() / kParameterBlock * element_bytes();
 }
 
 std::byte* Trainer::address(const FlatArray& array, std::int64_t at) const {
-  const auto size = static_cast<std::int64_t>(array_element_bytes());
-  if (array.host && at >= resident_) return array.host->data() + size * (at - resident_);
-  return array.device ? array.device->data() + size * at : nullptr;
+  const auto offset = [&](std::int64_t elements) {
+    return elements / kParameterBlock * array.block_bytes;
+  };
+  if (array.host && at >= resident_) return array.host->data() + offset(at - resident_);
+  return array.device ? array.device->data() + offset(at) : nullptr;
 }
 
 // Before the arrays exist this promises the addresses; allocate() calls it again to give them.
 void Trainer::bind_leaves() {
-  const auto stat = static_cast<std::int64_t>(array_element_bytes());
   const auto bind = [&](const std::string& name, std::byte* where) { runtime_.bind(name, where); };
   const auto in_buffer = [](const std::unique_ptr<Buffer>& buffer, std::int64_t offset) {
     return buffer ? buffer->data() + offset : nullptr;
@@ -254,33 +258,36 @@ void Trainer::bind_leaves() {
     bind("gradient" + page.suffix(), address(gradient_, page.begin));
     if (has_copy) bind("copy" + page.suffix(), in_buffer(copy_, 2 * page.begin));
     bind("blocks" + page.suffix(),
-         in_buffer(block_table_, 2 * stat * (page.begin / kParameterBlock)));
+         in_buffer(block_table_, 2 * element_bytes() * (page.begin / kParameterBlock)));
   }
 }
 
-Trainer::FlatArray Trainer::allocate_array(bool pageable, std::string_view purpose) {
-  const auto size = static_cast<std::int64_t>(array_element_bytes());
-  const std::int64_t resident = pageable ? resident_ : parameters_.elements();
+Trainer::FlatArray Trainer::allocate_array(std::int64_t block_bytes, bool pageable,
+                                           std::string_view purpose) {
+  const std::int64_t all = parameters_.elements() / kParameterBlock;
+  const std::int64_t resident = pageable ? resident_ / kParameterBlock : all;
   FlatArray array;
-  array.device =
-      backend_.allocate(round_up(resident * size, backend_.info().allocation_bytes), purpose);
+  array.block_bytes = block_bytes;
+  array.device = backend_.allocate(
+      round_up(resident * block_bytes, backend_.info().allocation_bytes), purpose);
   backend_.clear(array.device->data(), array.device->size());
-  const std::int64_t paged = parameters_.elements() - resident;
-  if (paged > 0) array.host = backend_.allocate_host(paged * size, purpose);
+  if (all > resident) array.host = backend_.allocate_host((all - resident) * block_bytes, purpose);
   return array;
 }
 
 void Trainer::allocate() {
   const std::int64_t alignment = backend_.info().allocation_bytes;
-  master_ = allocate_array(pages_masters(), "masters");
+  const std::int64_t block = kParameterBlock * element_bytes();
+  const std::int64_t moment_block = bytes(moment_type(kParameterBlock));
+  master_ = allocate_array(block, pages_masters(), "masters");
   if (options_.compute == DType::BF16) {
     copy_ = backend_.allocate(round_up(2 * parameters_.elements(), alignment), "adapters");
     backend_.clear(copy_->data(), copy_->size());
   }
   if (options_.training) {
-    gradient_ = allocate_array(false, "gradients");
-    first_moment_ = allocate_array(true, "first moments");
-    second_moment_ = allocate_array(true, "second moments");
+    gradient_ = allocate_array(block, false, "gradients");
+    first_moment_ = allocate_array(moment_block, true, "first moments");
+    second_moment_ = allocate_array(moment_block, true, "second moments");
     block_table_ = backend_.allocate(round_up(block_table_bytes(), alignment), "optimizer blocks");
     const std::vector<float> table = parameters_.block_table();
     const std::vector<double> wide(table.begin(), table.end());
@@ -310,13 +317,32 @@ void Trainer::warm_up() {
   runtime_.clear_states();
 }
 
-// Calls f(address, first, count) for the pieces of a segment that lie together.
+// Calls f(address, first, count) for the pieces of a segment's first `size` bytes that lie
+// together.
 template <class F>
-void Trainer::for_pieces(const FlatArray& array, const ParameterSegment& s, F f) const {
-  const std::int64_t split =
-      array.host ? std::clamp(resident_ - s.offset, std::int64_t{0}, s.elements()) : s.elements();
-  if (split > 0) f(address(array, s.offset), std::int64_t{0}, split);
-  if (split < s.elements()) f(address(array, s.offset + split), split, s.elements() - split);
+void Trainer::for_pieces(const FlatArray& array, const ParameterSegment& s, std::size_t size,
+                         F f) const {
+  std::size_t split = size;
+  if (array.host) {
+    const std::int64_t blocks = std::max<std::int64_t>(0, resident_ - s.offset) / kParameterBlock;
+    split = std::min(size, static_cast<std::size_t>(blocks * array.block_bytes));
+  }
+  if (split > 0) f(address(array, s.offset), std::size_t{0}, split);
+  if (split < size) f(address(array, std::max(s.offset, resident_)), split, size - split);
+}
+
+void Trainer::read_bytes(const FlatArray& array, const ParameterSegment& s,
+                         std::span<std::byte> to) const {
+  for_pieces(array, s, to.size(), [&](const std::byte* from, std::size_t first, std::size_t count) {
+    backend_.download(to.subspan(first, count), from);
+  });
+}
+
+void Trainer::write_bytes(const FlatArray& array, const ParameterSegment& s,
+                          std::span<const std::byte> from) {
+  for_pieces(array, s, from.size(), [&](std::byte* to, std::size_t first, std::size_t count) {
+    backend_.upload(to, from.subspan(first, count));
+  });
 }
 
 void Trainer::write_array(const FlatArray& array, const ParameterSegment& s,
@@ -327,24 +353,14 @@ void Trainer::write_array(const FlatArray& array, const ParameterSegment& s,
   }
   const std::vector<double> wide(values.begin(), values.end());
   const DType stat = options_.compute == DType::F64 ? DType::F64 : DType::F32;
-  const std::vector<std::byte> host = encode({stat, {s.elements()}, {}}, wide);
-  const std::size_t size = array_element_bytes();
-  for_pieces(array, s, [&](std::byte* to, std::int64_t first, std::int64_t count) {
-    backend_.upload(to, std::span(host).subspan(static_cast<std::size_t>(first) * size,
-                                                static_cast<std::size_t>(count) * size));
-  });
+  write_bytes(array, s, encode({stat, {s.elements()}, {}}, wide));
 }
 
 std::vector<float> Trainer::read_array(const FlatArray& array, const ParameterSegment& s) const {
   const DType stat = options_.compute == DType::F64 ? DType::F64 : DType::F32;
   const TensorType type{stat, {s.elements()}, {}};
   std::vector<std::byte> host(static_cast<std::size_t>(bytes(type)));
-  const std::size_t size = array_element_bytes();
-  for_pieces(array, s, [&](const std::byte* from, std::int64_t first, std::int64_t count) {
-    backend_.download(std::span(host).subspan(static_cast<std::size_t>(first) * size,
-                                              static_cast<std::size_t>(count) * size),
-                      from);
-  });
+  read_bytes(array, s, host);
   const std::vector<double> wide = decode(type, host.data());
   return {wide.begin(), wide.end()};
 }
@@ -460,6 +476,13 @@ std::span<std::byte> bytes_of(std::vector<T>& values) {
   return std::as_writable_bytes(std::span<T>(values));
 }
 
+// How a checkpoint holds an 8-bit moment of a segment: all of its blocks.
+TensorType stored_moment(const ParameterSegment& s) {
+  return {DType::I8,
+          {round_up(s.elements(), kParameterBlock) / kParameterBlock, kMomentBlockBytes},
+          {}};
+}
+
 }  // namespace
 
 void Trainer::save(StateSink& sink) const {
@@ -467,14 +490,20 @@ void Trainer::save(StateSink& sink) const {
   const std::int64_t step = step_;
   sink.write("step", {DType::I64, {1}, {}}, std::as_bytes(std::span<const std::int64_t>(&step, 1)));
   for (const ParameterSegment& s : parameters_.segments()) {
-    const TensorType type{DType::F32, {s.rows, s.cols}, {}};
-    const auto write = [&](const char* suffix, const FlatArray& array) {
+    const auto write_floats = [&](const char* suffix, const FlatArray& array) {
       std::vector<float> values = read_array(array, s);
-      sink.write(s.name + suffix, type, bytes_of(values));
+      sink.write(s.name + suffix, {DType::F32, {s.rows, s.cols}, {}}, bytes_of(values));
     };
-    write("", master_);
-    write(".m", first_moment_);
-    write(".v", second_moment_);
+    const auto write_moment = [&](const char* suffix, const FlatArray& array) {
+      if (options_.optimizer == Optimizer::adamw) return write_floats(suffix, array);
+      const TensorType type = stored_moment(s);
+      std::vector<std::byte> host(static_cast<std::size_t>(bytes(type)));
+      read_bytes(array, s, host);
+      sink.write(s.name + suffix, type, host);
+    };
+    write_floats("", master_);
+    write_moment(".m", first_moment_);
+    write_moment(".v", second_moment_);
   }
 }
 
@@ -483,14 +512,24 @@ void Trainer::load(StateSource& source) {
   source.read("step", {DType::I64, {1}, {}},
               std::as_writable_bytes(std::span<std::int64_t>(&step, 1)));
   for (const ParameterSegment& s : parameters_.segments()) {
-    const TensorType type{DType::F32, {s.rows, s.cols}, {}};
     std::vector<float> values(static_cast<std::size_t>(s.elements()));
-    source.read(s.name, type, bytes_of(values));
+    const auto read_floats = [&](const char* suffix) {
+      source.read(s.name + suffix, {DType::F32, {s.rows, s.cols}, {}}, bytes_of(values));
+    };
+    const auto read_moment = [&](const char* suffix, const FlatArray& array) {
+      if (options_.optimizer == Optimizer::adamw) {
+        read_floats(suffix);
+        return write_array(array, s, values);
+      }
+      const TensorType type = stored_moment(s);
+      std::vector<std::byte> host(static_cast<std::size_t>(bytes(type)));
+      source.read(s.name + suffix, type, host);
+      write_bytes(array, s, host);
+    };
+    read_floats("");
     set_parameter(s.name, values);
-    source.read(s.name + ".m", type, bytes_of(values));
-    write_array(first_moment_, s, values);
-    source.read(s.name + ".v", type, bytes_of(values));
-    write_array(second_moment_, s, values);
+    read_moment(".m", first_moment_);
+    read_moment(".v", second_moment_);
   }
   step_ = step;
 }

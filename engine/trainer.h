@@ -43,8 +43,12 @@ struct Microbatch {
   std::int64_t label_count() const;
 };
 
+// adamw8bit keeps the moments in 8 bits, about a quarter of their bytes.
+enum class Optimizer { adamw, adamw8bit };
+
 struct TrainerOptions {
   DType compute = DType::F32;
+  Optimizer optimizer = Optimizer::adamw;
   StoragePolicy storage;
   std::vector<std::int64_t> buckets = {512};                  // rows of a microbatch, ascending
   double beta1 = 0.9, beta2 = 0.999, eps = 1e-8, clip = 1.0;  // clip 0: none
@@ -99,7 +103,8 @@ class Trainer {
 
   std::int64_t step() const { return step_; }  // applied so far
 
-  // Parameters, moments and the step; only between steps.
+  // Parameters, moments and the step; only between steps. Moments in 8 bits are written as they are
+  // stored, I8 [blocks, kMomentBlockBytes], since GGUF has no U8.
   void save(StateSink& sink) const;
   void load(StateSource& source);
 
@@ -115,13 +120,17 @@ class Trainer {
   double estimate_step(const DeviceRates& rates, double average_span, double rows) const;
   double estimate_evaluation(const DeviceRates& rates, double average_span, double rows) const;
 
-  // Bytes that paging one element moves out of device memory.
-  std::int64_t pageable_bytes_per_element() const;
+  // Bytes that paging one block of kParameterBlock elements moves out of device memory.
+  std::int64_t pageable_bytes_per_block() const;
   std::int64_t paged_elements() const { return parameters_.elements() - resident_; }
+  std::int64_t paged_bytes() const {
+    return paged_elements() / kParameterBlock * pageable_bytes_per_block();
+  }
 
  private:
   // A flat array: elements below resident_ in device memory, the rest on the host.
   struct FlatArray {
+    std::int64_t block_bytes = 0;  // of kParameterBlock elements
     std::unique_ptr<Buffer> device, host;
   };
   // Elements [begin, begin + count) of the flat arrays, one step of the optimizer.
@@ -140,15 +149,22 @@ class Trainer {
   const Program& write_inputs(const std::vector<Program>& programs, const Microbatch& batch);
   void bind_leaves();
   std::int64_t block_table_bytes() const;
-  std::size_t array_element_bytes() const;
+  std::int64_t element_bytes() const;                // of masters and gradients
+  TensorType moment_type(std::int64_t count) const;  // of so many elements
   bool pages_masters() const { return options_.compute == DType::BF16; }
   void choose_pages();
   std::vector<Page> pages() const;
-  // Where element `at` lies; null before allocate().
+  // Where element `at`, the first of a block, lies; null before allocate().
   std::byte* address(const FlatArray& array, std::int64_t at) const;
-  FlatArray allocate_array(bool pageable, std::string_view purpose);
+  FlatArray allocate_array(std::int64_t block_bytes, bool pageable, std::string_view purpose);
   template <class F>
-  void for_pieces(const FlatArray& array, const ParameterSegment& segment, F f) const;
+  void for_pieces(const FlatArray& array, const ParameterSegment& segment, std::size_t size,
+                  F f) const;
+  // The first bytes of a segment, as stored.
+  void read_bytes(const FlatArray& array, const ParameterSegment& segment,
+                  std::span<std::byte> to) const;
+  void write_bytes(const FlatArray& array, const ParameterSegment& segment,
+                   std::span<const std::byte> from);
   std::vector<float> read_array(const FlatArray& array, const ParameterSegment& segment) const;
   void write_array(const FlatArray& array, const ParameterSegment& segment,
                    std::span<const float> values);

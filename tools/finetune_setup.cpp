@@ -208,9 +208,6 @@ void print_plan(const FinetuneSetup& s, std::ostream& log) {
 
 void resolve_optimizer(FinetuneSetup& s) {
   Recipe& r = s.recipe;
-  if (r.optimizer != "adamw") {
-    throw Unsupported("--optimizer " + r.optimizer + ": adamw is supported");
-  }
   if (r.lr == 0) {
     r.lr = r.method == "full" ? 2e-5 : s.total_parameters >= 30'000'000'000 ? 1e-4 : 2e-4;
   }

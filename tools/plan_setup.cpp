@@ -65,6 +65,7 @@ void plan_policy(FinetuneSetup& s, const Policy& policy, std::int64_t sample_con
   const Recipe& r = s.recipe;
   TrainerOptions options;
   options.compute = compute_dtype(r.compute);
+  options.optimizer = r.optimizer == "adamw8bit" ? Optimizer::adamw8bit : Optimizer::adamw;
   options.storage = policy.storage;
   options.paged_elements = policy.paged;
   options.buckets = s.buckets;
@@ -192,19 +193,18 @@ class Chooser {
   }
   std::int64_t pageable() const {
     if (s_.without_adapter) return 0;
-    return std::min(s_.trainer->parameters().elements() * s_.trainer->pageable_bytes_per_element(),
-                    s_.fit.pinned_budget_bytes - s_.fit.pinned_bytes() + paged_now());
-  }
-  std::int64_t paged_now() const {
-    return s_.trainer->paged_elements() * s_.trainer->pageable_bytes_per_element();
+    return std::min(s_.trainer->parameters().elements() / kParameterBlock *
+                        s_.trainer->pageable_bytes_per_block(),
+                    s_.fit.pinned_budget_bytes - s_.fit.pinned_bytes() + s_.trainer->paged_bytes());
   }
   // Pages what the plan just made is too large by. The pages take room in the arena as well, so
   // that what was saved is looked at again.
   void page(Policy& policy) {
-    const std::int64_t each = s_.trainer->pageable_bytes_per_element();
-    for (int tries = 0; tries < 3 && excess_ > 0 && policy.paged * each < pageable(); ++tries) {
-      const std::int64_t more = round_up((excess_ + each - 1) / each, kParameterBlock);
-      policy.paged = std::min(policy.paged + more, pageable() / each);
+    const std::int64_t each = s_.trainer->pageable_bytes_per_block();
+    std::int64_t blocks = policy.paged / kParameterBlock;
+    for (int tries = 0; tries < 3 && excess_ > 0 && blocks * each < pageable(); ++tries) {
+      blocks = std::min(blocks + (excess_ + each - 1) / each, pageable() / each);
+      policy.paged = blocks * kParameterBlock;
       plan(policy);
     }
   }

@@ -59,7 +59,8 @@ struct Golden {
 // Backend, weights and trainer of one variant.
 struct Setup {
   Setup(const Golden& golden, Method method, DType compute, const StoragePolicy& storage,
-        std::unique_ptr<Backend> on, std::int64_t paged_elements = 0)
+        std::unique_ptr<Backend> on, std::int64_t paged_elements = 0,
+        Optimizer optimizer = Optimizer::adamw)
       : backend(std::move(on)) {
     LoadOptions load;
     load.method = method;
@@ -77,6 +78,7 @@ struct Setup {
     options.storage = storage;
     options.buckets = {kRows};
     options.paged_elements = paged_elements;
+    options.optimizer = optimizer;
     options.clip = golden.numbers["clip"];
     ParameterTable table = llama->parameters();
     table.set_weight_decay(golden.numbers["weight_decay"]);

@@ -1,6 +1,7 @@
 // The PyTorch goldens on a GPU: logits, gradients, ten AdamW steps, for adapters and for all
 // weights, in F32 and BF16; every rung and several runs the same bytes; predicted bytes are
 // allocated bytes.
+#include "tests/golden/adamw8bit_checks.h"
 #include "tests/golden/llama_golden.h"
 #include "tests/golden/paging_checks.h"
 #include "tests/gpu_main.h"
@@ -69,7 +70,20 @@ TEST_CASE("what fit() predicts is what is allocated on the GPU, to the byte") {
 }
 
 TEST_CASE("the optimizer's arrays give the same bytes wherever they lie, on the GPU") {
-  check_paging([] { return cuda_backend(); }, {DType::F32, DType::BF16});
+  for (const Optimizer optimizer : {Optimizer::adamw, Optimizer::adamw8bit}) {
+    check_paging([] { return cuda_backend(); }, {DType::F32, DType::BF16}, optimizer);
+    check_split_segment([] { return cuda_backend(); }, {DType::F32, DType::BF16}, optimizer);
+  }
+}
+
+TEST_CASE("moments in 8 bits train like those in F32, on the GPU") {
+  check_small_moments([] { return cuda_backend(); }, {DType::F32, DType::BF16});
+}
+
+TEST_CASE("adamw8bit gives the codes of its NumPy twin on the GPU") {
+  const auto backend = cuda_backend();
+  check_adamw8bit(*backend);
+  check_huge_gradient(*backend);
 }
 
 TEST_CASE("block inputs give the same bytes wherever they wait, on the GPU") {

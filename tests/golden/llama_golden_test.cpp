@@ -2,6 +2,7 @@
 // gradient and ten AdamW steps, for adapters and for all weights, in F64 and F32.
 
 #include "tests/golden/llama_golden.h"
+#include "tests/golden/adamw8bit_checks.h"
 #include "tests/golden/paging_checks.h"
 
 #include "backends/cpu/cpu.h"
@@ -120,7 +121,24 @@ TEST_CASE("what fit() predicts is what is allocated, to the byte") {
 }
 
 TEST_CASE("the optimizer's arrays give the same bytes wherever they lie") {
-  check_paging([] { return cpu_backend(); }, {DType::F64, DType::F32, DType::BF16});
+  for (const Optimizer optimizer : {Optimizer::adamw, Optimizer::adamw8bit}) {
+    check_paging([] { return cpu_backend(); }, {DType::F64, DType::F32, DType::BF16}, optimizer);
+    check_split_segment([] { return cpu_backend(); }, {DType::F32, DType::BF16}, optimizer);
+  }
+}
+
+TEST_CASE("moments in 8 bits train like those in F32") {
+  check_small_moments([] { return cpu_backend(); }, {DType::F64, DType::F32, DType::BF16});
+}
+
+TEST_CASE("adamw8bit gives the codes of its NumPy twin with every instruction set") {
+  for (const cpu::Isa isa : {cpu::Isa::Portable, cpu::Isa::Avx2, cpu::Isa::Avx512}) {
+    if (!cpu::is_supported(isa)) continue;
+    CAPTURE(cpu::name(isa));
+    const auto backend = cpu::make_cpu_backend({.threads = 2, .isa = isa, .memory_limit = 0});
+    check_adamw8bit(*backend);
+    check_huge_gradient(*backend);
+  }
 }
 
 TEST_CASE("block inputs give the same bytes wherever they wait") {

@@ -2,6 +2,8 @@
 // fit() predicts is what is allocated on both sides.
 #pragma once
 
+#include "engine/error.h"
+#include "engine/ops.h"
 #include "tests/golden/llama_golden.h"
 
 namespace nibble::golden {
@@ -9,12 +11,16 @@ namespace nibble::golden {
 // Training state in memory, in the order in which it was written.
 struct MemoryState final : StateSink, StateSource {
   std::map<std::string, std::vector<std::byte>, std::less<>> tensors;
-  void write(std::string_view name, const TensorType&, std::span<const std::byte> bytes) override {
+  std::map<std::string, TensorType, std::less<>> types;
+  void write(std::string_view name, const TensorType& type,
+             std::span<const std::byte> bytes) override {
     tensors[std::string(name)].assign(bytes.begin(), bytes.end());
+    types[std::string(name)] = type;
   }
-  void read(std::string_view name, const TensorType&, std::span<std::byte> bytes) override {
+  void read(std::string_view name, const TensorType& type, std::span<std::byte> bytes) override {
     const auto found = tensors.find(name);
     REQUIRE(found != tensors.end());
+    if (!(types.at(found->first) == type)) throw Error(found->first + " is of another type");
     REQUIRE(found->second.size() == bytes.size());
     std::copy(found->second.begin(), found->second.end(), bytes.begin());
   }
@@ -93,12 +99,15 @@ inline void check_streaming(const std::function<std::unique_ptr<Backend>()>& mak
 }
 
 inline void check_paging(const std::function<std::unique_ptr<Backend>()>& make_backend,
-                         std::initializer_list<DType> computes) {
+                         std::initializer_list<DType> computes, Optimizer optimizer) {
   const Golden golden("tied");
   for (const DType compute : computes) {
     for (const Method method : {Method::full, Method::lora}) {
       CAPTURE(name(compute));
-      Setup resident(golden, method, compute, {Rung::store}, make_backend());
+      const auto set_up = [&](std::int64_t paged) {
+        return Setup(golden, method, compute, {Rung::store}, make_backend(), paged, optimizer);
+      };
+      Setup resident = set_up(0);
       const std::int64_t all = resident.trainer->parameters().elements();
       train(golden, resident, 0, 3);
       const MemoryState half_way = saved(resident);
@@ -106,24 +115,117 @@ inline void check_paging(const std::function<std::unique_ptr<Backend>()>& make_b
       const MemoryState wanted = saved(resident);
       for (const std::int64_t paged : {std::int64_t{1}, all / 3, all}) {
         CAPTURE(paged);
-        Setup s(golden, method, compute, {Rung::store}, make_backend(), paged);
+        Setup s = set_up(paged);
         CHECK(s.trainer->paged_elements() >= paged);
         CHECK(s.trainer->paged_elements() < paged + kParameterBlock);
         const FitReport fit = s.trainer->fit();
         CHECK(fit.total_bytes() + s.loaded->weight_bytes() == s.backend->allocated_bytes());
         CHECK(fit.pinned_bytes() == s.backend->host_allocated_bytes());
-        CHECK(fit.pinned_bytes() ==
-              s.trainer->paged_elements() * s.trainer->pageable_bytes_per_element());
+        CHECK(fit.pinned_bytes() == s.trainer->paged_bytes());
         train(golden, s, 0, 6);
         CHECK(saved(s).tensors == wanted.tensors);
         // Resuming under another cap goes on bit for bit; checkpoints hold F32.
         if (compute == DType::F64) continue;
-        Setup resumed(golden, method, compute, {Rung::store}, make_backend(), paged);
+        Setup resumed = set_up(paged);
         MemoryState state = half_way;
         resumed.trainer->load(state);
         train(golden, resumed, 3, 6);
         CHECK(saved(resumed).tensors == wanted.tensors);
       }
+    }
+  }
+}
+
+// A segment of three blocks of which the last, or the last two, are on the host: trained, saved
+// half way and gone on with under another split.
+inline void check_split_segment(const std::function<std::unique_ptr<Backend>()>& make_backend,
+                                std::initializer_list<DType> computes, Optimizer optimizer) {
+  constexpr std::int64_t kVocabulary = 40, kChannels = 256, kTokens = 16;
+  Microbatch batch;
+  for (std::int32_t i = 0; i < kTokens; ++i) {
+    batch.tokens.push_back(i * 7 % kVocabulary);
+    batch.positions.push_back(i);
+    batch.labels.push_back((i + 1) * 7 % kVocabulary);
+    batch.span_begin.push_back(0);
+    batch.ordinal.push_back(i);
+  }
+  std::vector<float> initial;
+  for (int i = 0; i < kVocabulary * kChannels; ++i) {
+    initial.push_back(static_cast<float>(i * 37 % 101 - 50) / 100);
+  }
+  for (const DType compute : computes) {
+    std::optional<MemoryState> half_way, wanted;
+    for (const std::int64_t paged : {0, 1, 2}) {
+      CAPTURE(name(compute));
+      CAPTURE(paged);
+      const auto backend = make_backend();
+      TrainerOptions options;
+      options.compute = compute;
+      options.optimizer = optimizer;
+      options.buckets = {kTokens};
+      options.paged_elements = paged * kParameterBlock;
+      ParameterTable table;
+      table.add("w", kVocabulary, kChannels, 1, 0.01f);
+      const auto build = [&](Graph& g, const LossInputs& in) {
+        const Tensor w = g.parameter("w", {compute, {kVocabulary, kChannels}, {}});
+        return linear_cross_entropy(embedding(in.tokens, w), w, in.labels, in.loss_rows,
+                                    in.training);
+      };
+      Trainer trainer(*backend, table, build, options);
+      trainer.allocate();
+      const auto steps = [&](int count) {
+        for (int i = 0; i < count; ++i) {
+          trainer.micro(batch);
+          trainer.apply(1e-2);
+        }
+        MemoryState state;
+        trainer.save(state);
+        return state;
+      };
+      trainer.set_parameter("w", initial);
+      CHECK(trainer.parameter("w") == initial);
+      const MemoryState early = steps(2);
+      if (!half_way) half_way = early;
+      CHECK(early.tensors == half_way->tensors);
+      steps(1);
+      trainer.load(*half_way);
+      const MemoryState late = steps(2);
+      if (!wanted) wanted = late;
+      CHECK(late.tensors == wanted->tensors);
+      CHECK(late.tensors != early.tensors);
+    }
+  }
+}
+
+// Moments in 8 bits, in a trainer: what they take, that they train like moments in F32, and that
+// neither kind of checkpoint is taken for the other.
+inline void check_small_moments(const std::function<std::unique_ptr<Backend>()>& make_backend,
+                                std::initializer_list<DType> computes) {
+  const Golden golden("tied");
+  const auto line = [](const Setup& s, std::string_view name) {
+    for (const FitReport::Line& l : s.trainer->fit().device) {
+      if (l.name == name) return l.bytes;
+    }
+    return std::int64_t{-1};
+  };
+  for (const DType compute : computes) {
+    for (const Method method : {Method::full, Method::lora}) {
+      CAPTURE(name(compute));
+      Setup plain(golden, method, compute, {Rung::store}, make_backend());
+      Setup small(golden, method, compute, {Rung::store}, make_backend(), 0, Optimizer::adamw8bit);
+      const std::int64_t blocks = small.trainer->parameters().elements() / kParameterBlock;
+      CHECK(line(small, "moments") ==
+            2 * round_up(blocks * kMomentBlockBytes, small.backend->info().alignment));
+      CHECK(3 * line(small, "moments") < line(plain, "moments"));
+      for (int step = 0; step < 10; ++step) {
+        for (Setup* s : {&plain, &small}) s->trainer->micro(golden.batch(step));
+        const double wanted = plain.trainer->apply(1e-2).loss;
+        CHECK(small.trainer->apply(1e-2).loss == doctest::Approx(wanted).epsilon(0.02));
+      }
+      MemoryState plain_state = saved(plain), small_state = saved(small);
+      CHECK(plain_state.tensors != small_state.tensors);
+      CHECK_THROWS_AS(plain.trainer->load(small_state), Error);
+      CHECK_THROWS_AS(small.trainer->load(plain_state), Error);
     }
   }
 }

@@ -50,6 +50,29 @@ for memory in 6M 7M 8M 10M 12M 14M; do
   train "$scratch/$memory" --memory $memory
   check "--memory $memory: same adapter" same "$scratch/whole" "$scratch/$memory"
 done
+# Moments in 8 bits: in part on the host, and resumed under another cap.
+small="--optimizer adamw8bit"
+train "$scratch/small" $small
+for memory in 5500K 7M; do
+  train "$scratch/small$memory" $small --memory $memory
+  check "8-bit moments, --memory $memory: some are on the host" grep -q "optimizer pages" "$scratch/small$memory.err"
+  check "8-bit moments, --memory $memory: same adapter" same "$scratch/small" "$scratch/small$memory"
+done
+train "$scratch/small-resumed" $small --steps 24 --save-every 12 --keep-checkpoints 9
+rm "$scratch/small-resumed/checkpoints/step-000024.gguf"
+train "$scratch/small-resumed" $small --resume --memory 5500K
+check "8-bit moments go on from a checkpoint" grep -q "resume     at step 12" "$scratch/small-resumed.err"
+check "under another cap: same adapter" same "$scratch/small" "$scratch/small-resumed"
+check "8-bit moments change the result" test "$(cmp -s "$scratch/whole/adapter.gguf" "$scratch/small/adapter.gguf"; echo $?)" = 1
+other=("$nibble" finetune --model tiny --data models/tiny/instructions.jsonl --rank 4 --batch 4 --steps 24
+  --lr 1e-3 --eval-split 5% --threads 2 --resume --out)
+check "another optimizer is refused by name" exits 1 'optimizer was "adamw", is "adamw8bit"' \
+  "${other[@]}" "$scratch/whole" $small
+mkdir -p "$scratch/foreign"
+cp -r "$scratch/whole/checkpoints" "$scratch/foreign"
+check "and so is its checkpoint alone" exits 1 "the run needs I8.*of another recipe" \
+  "${other[@]}" "$scratch/foreign" $small
+
 train "$scratch/dropout" --dropout 0.1
 train "$scratch/dropout-block" --dropout 0.1 --storage block
 check "dropout is drawn again when recomputed" same "$scratch/dropout" "$scratch/dropout-block"

@@ -11,6 +11,8 @@ check "a missing model" exits 1 "no such file" "$nibble" finetune --model nowher
 check "a missing data file" exits 1 "nowhere.jsonl" "${finetune[@]}" --data nowhere.jsonl
 check "an unknown backend says what there is" exits 1 "cpu" "${finetune[@]}" --data $rows --backend tpu
 check "an unknown set of kernels is refused" exits 2 "sm80" "${finetune[@]}" --data $rows --kernels sm70
+check "an unknown optimizer is refused with those there are" exits 2 "adamw,adamw8bit" "${finetune[@]}" --data $rows --optimizer sgd
+check "help names the optimizers" grep -q "adamw | adamw8bit" <("$nibble" finetune --help)
 check "devices lists the CPU" sh -c "'$nibble' devices | grep -q '^cpu '"
 if "$nibble" devices | grep -q '^cuda:'; then
   check "a device that is not there" exits 1 "there is no CUDA device 99" "${finetune[@]}" --data $rows --backend cuda:99

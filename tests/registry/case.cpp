@@ -60,6 +60,8 @@ TensorType Case::input_type(std::size_t i) const {
       return {DType::I32, input.shape, {}};
     case Role::counter:
       return {DType::I64, input.shape, {}};
+    case Role::bytes:
+      return {DType::U8, input.shape, {}};
     case Role::weight:
       return {stored.dtype, input.shape, stored.quant};
   }
@@ -109,6 +111,7 @@ OpGraph build(const Case& c) {
       case Role::state:
       case Role::total:
       case Role::cache:
+      case Role::bytes:
         built.inputs.push_back(g.state(name, type));
         break;
       default:
@@ -136,7 +139,7 @@ std::vector<double> normal_values(std::string_view name, std::int64_t count) {
 std::vector<double> raw_values(const Case& c, std::size_t i) {
   const Sample::Input& input = c.sample.inputs[i];
   const std::int64_t count = input.shape.elements();
-  if (input.role == Role::index || input.role == Role::counter) {
+  if (input.role == Role::index || input.role == Role::counter || input.role == Role::bytes) {
     std::vector<double> values(static_cast<std::size_t>(count));
     for (std::int64_t k = 0; k < count && input.indices; ++k) {
       values[static_cast<std::size_t>(k)] = static_cast<double>(input.indices(k));
@@ -194,8 +197,6 @@ std::vector<std::vector<double>> reference_outputs(const Graph& graph, std::int3
   return out;
 }
 
-unsigned written_inputs(OpId op) {
-  return op_def(op).updates | op_def(op).also_writes;
-}
+unsigned written_inputs(OpId op) { return op_def(op).updates | op_def(op).also_writes; }
 
 }  // namespace nibble::registry

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "backends/cpu/cpu.h"
+#include "engine/cost.h"
 #include "engine/dropout.h"
 #include "engine/error.h"
 #include "engine/float16.h"
@@ -312,6 +313,23 @@ TEST_CASE("adamw follows PyTorch's loop, moments included, and clears the gradie
   // Three steps; p is up to 5 in size, and the update is good to the digits of 1 - beta2 in F32.
   check_adamw<float>(DType::F32, 5e-6);
   check_adamw<float>(DType::BF16, 5e-6);
+}
+
+TEST_CASE("the optimizer's steps cost what they read and write") {
+  constexpr std::int64_t n = 2 * 4096;
+  const std::int64_t small = 2 * kMomentBlockBytes, others = 4 * 4 + 8 * 4 + 8;
+  for (const bool in_8_bits : {false, true}) {
+    Graph g(DType::BF16);
+    const TensorType flat{DType::F32, {n}, {}};
+    const TensorType moment = in_8_bits ? TensorType{DType::U8, {small}, {}} : flat;
+    const Tensor stepped = (in_8_bits ? adamw8bit : adamw)(
+        g.state("master", flat), g.state("m", moment), g.state("v", moment), g.state("grad", flat),
+        g.input("table", {DType::F32, {2, 2}, {}}), g.input("scalars", {DType::F32, {8}, {}}),
+        g.input("norm", {DType::F64, {1}, {}}));
+    // Master, gradient and two moments, each read once and written once.
+    const std::int64_t moved = 2 * (2 * 4 * n + 2 * bytes(moment)) + others;
+    CHECK(op_cost(describe(g, stepped.node), 1).bytes == static_cast<double>(moved));
+  }
 }
 
 TEST_CASE("shape errors say what was found and what was wanted") {

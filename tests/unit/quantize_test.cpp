@@ -79,8 +79,7 @@ int fp4_tree(float x) {
 
 // dQuantize of bitsandbytes' kernels.cu: a search from the middle that ends on an even pivot, then
 // a choice between the pivot and one neighbour.
-int map_search(float x) {
-  const float* map = dynamic_map_signed;
+int map_search(float x, const float* map = dynamic_map_signed) {
   int pivot = 127, upper_pivot = 255, lower_pivot = 0;
   float value = map[pivot], upper = 1.0f, lower = -1.0f;
   for (int step = 64; step > 0; step >>= 1) {
@@ -114,28 +113,53 @@ TEST_CASE("NF4 values rise and their thresholds are the rounded midpoints") {
   CHECK(nf4_values[15] == 1.0f);
 }
 
-TEST_CASE("the dynamic map is what its algorithm gives") {
-  std::vector<float> map = {0.0f, 1.0f};
-  for (int i = 0; i < 7; ++i) {
-    const int cells = 1 << i, points = cells + 1;
-    const auto start = static_cast<float>(0.1);
-    const float step = (1.0f - start) / static_cast<float>(points - 1);
-    const auto boundary = [&](int k) {
-      return k < points / 2 ? std::fma(step, static_cast<float>(k), start)
-                            : std::fma(-step, static_cast<float>(points - 1 - k), 1.0f);
-    };
-    for (int j = 0; j < cells; ++j) {
-      const float mean = (boundary(j) + boundary(j + 1)) / 2;
-      const float value = static_cast<float>(std::pow(10.0, i - 6)) * mean;
-      map.push_back(value);
-      map.push_back(-value);
+TEST_CASE("the dynamic maps are what their algorithm gives") {
+  for (const bool is_signed : {true, false}) {
+    std::vector<float> map = {0.0f, 1.0f};
+    for (int i = 0; i < 7; ++i) {
+      const int cells = is_signed ? 1 << i : 2 << i, points = cells + 1;
+      const auto start = static_cast<float>(0.1);
+      const float step = (1.0f - start) / static_cast<float>(points - 1);
+      const auto boundary = [&](int k) {
+        return k < points / 2 ? std::fma(step, static_cast<float>(k), start)
+                              : std::fma(-step, static_cast<float>(points - 1 - k), 1.0f);
+      };
+      for (int j = 0; j < cells; ++j) {
+        const float mean = (boundary(j) + boundary(j + 1)) / 2;
+        const float value = static_cast<float>(std::pow(10.0, i - 6)) * mean;
+        map.push_back(value);
+        if (is_signed) map.push_back(-value);
+      }
+    }
+    std::sort(map.begin(), map.end());
+    REQUIRE(map.size() == 256);
+    for (std::size_t i = 0; i < 256; ++i) {
+      CAPTURE(i);
+      CHECK(map[i] == (is_signed ? dynamic_map_signed : dynamic_map_unsigned)[i]);
     }
   }
-  std::sort(map.begin(), map.end());
-  REQUIRE(map.size() == 256);
-  for (std::size_t i = 0; i < 256; ++i) {
-    CAPTURE(i);
-    CHECK(map[i] == dynamic_map_signed[i]);
+}
+
+TEST_CASE("thresholds of the dynamic maps give the codes of bitsandbytes' search, ties included") {
+  for (const bool is_signed : {true, false}) {
+    const float* map = is_signed ? dynamic_map_signed : dynamic_map_unsigned;
+    const auto& thresholds = is_signed ? dynamic_thresholds_signed : dynamic_thresholds_unsigned;
+    CHECK(std::is_sorted(thresholds.begin(), thresholds.end()));
+    const auto check = [&](float x) {
+      const auto below =
+          std::count_if(thresholds.begin(), thresholds.end(), [x](float t) { return x > t; });
+      CAPTURE(x);
+      CHECK(below == map_search(x, map));
+    };
+    for (int i = 0; i < 255; ++i) {
+      const float midpoint = (map[i + 1] + map[i]) * 0.5f;
+      CHECK(map_search(midpoint, map) % 2 == 0);
+      for (const float x : {midpoint, std::nextafter(midpoint, -2.0f),
+                            std::nextafter(midpoint, 2.0f), map[i], map[i + 1]}) {
+        check(x);
+      }
+    }
+    check(NAN);
   }
 }
 
