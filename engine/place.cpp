@@ -1,6 +1,7 @@
 #include "engine/place.h"
 
 #include <algorithm>
+#include <array>
 #include <numeric>
 
 #include "engine/dtype.h"
@@ -13,37 +14,49 @@ struct Block {
   std::int32_t first, last;
 };
 
-// Blocks that have been placed, by address. Most lifetimes are short: they are looked up among the
-// blocks of their stretch of the program, and only those that cross stretches among all.
+// Blocks that have been placed. Most lifetimes are short, and only blocks of about the same time
+// matter to them: the program is halved again and again, every part knows the blocks that touch it,
+// and a lifetime looks at the smallest part that holds all of it.
 class Placed {
  public:
-  explicit Placed(std::int32_t steps) : steps_(steps), stretches_(kStretches) {}
+  explicit Placed(std::int32_t steps) : steps_(steps) {
+    for (std::size_t level = 0; level < kLevels; ++level) parts_[level].resize(1u << level);
+  }
 
-  // Those that may be alive together with a block of these steps.
-  const std::vector<Block>& near(std::int32_t first, std::int32_t last) const {
-    return stretch(first) == stretch(last) ? stretches_[stretch(first)] : all_;
+  // Those that may be alive together with a block of these steps, by address.
+  const std::vector<Block>& near(std::int32_t first, std::int32_t last) {
+    std::size_t level = kLevels - 1;
+    while (number(level, first) != number(level, last)) --level;
+    return parts_[level][number(level, first)].in_order();
   }
   void insert(const Block& block) {
-    insert(all_, block);
-    for (std::size_t i = stretch(block.first); i <= stretch(block.last); ++i) {
-      insert(stretches_[i], block);
+    for (std::size_t level = 0; level < kLevels; ++level) {
+      for (std::size_t i = number(level, block.first); i <= number(level, block.last); ++i) {
+        parts_[level][i].blocks.push_back(block);
+      }
     }
   }
 
  private:
-  static constexpr std::size_t kStretches = 64;
-  std::size_t stretch(std::int32_t step) const {
-    return static_cast<std::size_t>(step) * kStretches / static_cast<std::size_t>(steps_);
-  }
-  static void insert(std::vector<Block>& blocks, const Block& block) {
-    blocks.insert(
-        std::upper_bound(blocks.begin(), blocks.end(), block,
-                         [](const Block& a, const Block& b) { return a.begin < b.begin; }),
-        block);
+  // Blocks that came since the last look are put in order by the next one.
+  struct Part {
+    std::vector<Block> blocks;
+    std::ptrdiff_t ordered = 0;
+    const std::vector<Block>& in_order() {
+      const auto by_address = [](const Block& a, const Block& b) { return a.begin < b.begin; };
+      const auto middle = blocks.begin() + ordered;
+      std::sort(middle, blocks.end(), by_address);
+      std::inplace_merge(blocks.begin(), middle, blocks.end(), by_address);
+      ordered = std::ssize(blocks);
+      return blocks;
+    }
+  };
+  static constexpr std::size_t kLevels = 9;  // the smallest part is a 256th of the program
+  std::size_t number(std::size_t level, std::int32_t step) const {
+    return (static_cast<std::size_t>(step) << level) / static_cast<std::size_t>(steps_);
   }
   std::int32_t steps_;
-  std::vector<Block> all_;
-  std::vector<std::vector<Block>> stretches_;
+  std::array<std::vector<Part>, kLevels> parts_;
 };
 
 // Places in the given order, each at the smallest gap that fits among the blocks alive at the same

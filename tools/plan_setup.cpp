@@ -153,7 +153,7 @@ class Chooser {
     Leaving best_leaving = Leaving::none;
     const auto consider = [&](Policy policy, Leaving leaving) {
       search(policy, leaving);
-      if (offload_less(policy)) search(policy, leaving);
+      for (int tries = 0; tries < 2 && offload_less(policy); ++tries) search(policy, leaving);
       const double needed = seconds();
       const bool better = best_excess > 0 ? excess_ < best_excess
                                           : excess_ <= 0 && needed < kWorthwhile * best_seconds;
@@ -193,9 +193,11 @@ class Chooser {
   }
   std::int64_t pageable() const {
     if (s_.without_adapter) return 0;
-    return std::min(s_.trainer->parameters().elements() / kParameterBlock *
-                        s_.trainer->pageable_bytes_per_block(),
-                    s_.fit.pinned_budget_bytes - s_.fit.pinned_bytes() + s_.trainer->paged_bytes());
+    const std::int64_t host_room =
+        s_.fit.pinned_budget_bytes - s_.fit.pinned_bytes() + s_.trainer->paged_bytes();
+    return std::clamp<std::int64_t>(host_room, 0,
+                                    s_.trainer->parameters().elements() / kParameterBlock *
+                                        s_.trainer->pageable_bytes_per_block());
   }
   // Pages what the plan just made is too large by. The pages take room in the arena as well, so
   // that what was saved is looked at again.
@@ -233,6 +235,7 @@ class Chooser {
   }
   // Gives `policy` the fastest rungs that fit when what may leave does, and lets so much leave.
   void search(Policy& policy, Leaving leaving) {
+    policy.storage.streamed = policy.paged = 0;
     std::int64_t room = leaving == Leaving::none ? 0 : pageable();
     if (leaving == Leaving::weights) room += streamable();
     choose_rungs(policy, room);
@@ -242,17 +245,19 @@ class Chooser {
   }
   // Where the host has no room for what every block may send, fewer blocks send it.
   bool offload_less(Policy& policy) {
-    std::int64_t& all_blocks = offloaded_bytes_[static_cast<std::size_t>(policy.storage.offload)];
-    all_blocks = s_.trainer->runtime().page_bytes();
-    if (pinned_fits() || policy.storage.offload == Offload::none) return false;
-    const std::int64_t one_level_less =
-        offloaded_bytes_[static_cast<std::size_t>(policy.storage.offload) - 1];
+    StoragePolicy& storage = policy.storage;
+    const auto level = static_cast<std::size_t>(storage.offload);
+    if (storage.offload_split == 0) offloaded_bytes_[level] = s_.trainer->runtime().page_bytes();
+    if (pinned_fits() || storage.offload == Offload::none) return false;
     const std::int64_t layers = s_.loaded->config().layers;
-    const std::int64_t each = (all_blocks - one_level_less) / layers;
+    const std::int64_t each = (offloaded_bytes_[level] - offloaded_bytes_[level - 1]) / layers;
     const std::int64_t over = s_.fit.pinned_bytes() - s_.fit.pinned_budget_bytes;
-    if (each <= 0 || over >= each * layers) return false;
-    policy.storage.offload_split = layers - (over + each - 1) / each;
-    return policy.storage.offload_split > 0;
+    const std::int64_t sending = storage.offload_split == 0 ? layers : storage.offload_split;
+    if (each <= 0 || over >= each * sending) return false;
+    storage.offload_split = sending - (over + each - 1) / each;
+    if (storage.offload_split == 0) return false;
+    plan(policy);
+    return true;
   }
   // The fastest rungs that fit with `room` bytes more than there are: from the fastest to the
   // leanest, and between the last that does not fit and the first that does as few lean blocks as
