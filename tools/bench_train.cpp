@@ -167,13 +167,9 @@ FinetuneSetup bench_setup(const BenchRequest& r, std::int64_t rank) {
   return s;
 }
 
-// The rates are measured on an empty machine, right after what was timed. What holds memory goes
-// before the backend that it came from.
+// The rates are measured on an empty machine, right after what was timed.
 MachineRates peak_after(FinetuneSetup& s, const BenchRequest& r, std::int64_t rows) {
-  s.decoder.reset();
-  s.trainer.reset();
-  s.loaded.reset();
-  s.backend.reset();
+  s.release();
   const int threads = r.where.threads > 0 ? r.where.threads : os::physical_cores();
   return machine_rates(*open_backend(r.where, 0), threads, rows, r.peak_seconds);
 }
@@ -196,7 +192,8 @@ int bench_train(const BenchRequest& r, std::ostream& out, std::ostream& log) {
     throw Error("the step does not fit");
   }
   const double planned = os::seconds();
-  reserve_and_read(s, {});
+  reserve(s);
+  read_weights(s, {});
   if (!s.trains_weights()) initialize_adapter(*s.trainer, 0);
   const double loaded = os::seconds();
   const Microbatch batch = random_batch(rows, r.sequence, s.loaded->config().vocab);
@@ -288,7 +285,8 @@ int bench_decode(const BenchRequest& r, std::ostream& out, std::ostream&) {
   FinetuneSetup s = bench_setup(r, std::max<std::int64_t>(r.rank, 0));
   s.buckets = {};
   plan_model(s, r.prompt + r.tokens + 1);
-  reserve_and_read(s, {});
+  reserve(s);
+  read_weights(s, {});
   if (!s.trains_weights()) initialize_adapter(*s.trainer, 0);
   std::vector<std::int32_t> prompt;
   for (std::int64_t i = 0; i < r.prompt; ++i) {

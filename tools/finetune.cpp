@@ -14,6 +14,7 @@
 #include "tools/export.h"
 #include "tools/finetune_setup.h"
 #include "tools/plot.h"
+#include "tools/replan.h"
 #include "tools/run_directory.h"
 #include "tools/text.h"
 
@@ -56,6 +57,7 @@ std::string trimmed(const std::string& text) {
   return text.substr(begin, text.find_last_not_of(" \n\t\r") - begin + 1);
 }
 
+// A run whose memory is reserved.
 class Run {
  public:
   Run(FinetuneSetup setup, RunDirectory directory, std::ostream& out, std::ostream& log)
@@ -89,7 +91,7 @@ class Run {
                          static_cast<double>(std::max<std::int64_t>(all, 1)))
            << std::flush;
     };
-    reserve_and_read(s_, progress);
+    read_weights(s_, progress);
     if (!s_.trains_weights()) {
       if (r_.adapter.empty()) {
         initialize_adapter(*s_.trainer, r_.seed);
@@ -473,9 +475,10 @@ int refuse(const FinetuneSetup& s, const Recipe& asked, std::ostream& log) {
     return 1;
   }
   const bool chosen = asked.storage == "auto";
-  const std::string source = !asked.memory.empty() ? "--memory allows"
-                             : !asked.card.empty() ? "--card " + asked.card + " has"
-                                                   : "this machine has";
+  const std::string source = s.replanned             ? "there are now"
+                             : !asked.memory.empty() ? "--memory allows"
+                             : !asked.card.empty()   ? "--card " + asked.card + " has"
+                                                     : "this machine has";
   log << "nibble: the run needs " << (chosen ? "at least " : "")
       << size_text(fit.total_bytes() + fit.context_bytes) << ", " << source << " "
       << size_text(fit.budget_bytes);
@@ -503,6 +506,12 @@ int finetune(const Recipe& recipe, std::ostream& out, std::ostream& log) {
   if (recipe.dry_run) {
     log << "dry run    nothing was read or written\n";
     return 0;
+  }
+  // Before the run directory is touched: an earlier run in it stays what it is when this fails.
+  const Recipe planned = reserve_or_replan(setup, recipe, log);
+  if (!setup.fit.fits()) {
+    print_fit(setup.fit, log);
+    return refuse(setup, planned, log);
   }
   if (setup.recipe.out.empty()) {
     setup.recipe.out = default_run_directory(setup.recipe.model, setup.recipe.data.front());

@@ -323,9 +323,19 @@ void open_setup_model(FinetuneSetup& s) {
   r.targets = r.method == "full" ? std::vector<std::string>{} : resolve_targets(r.targets);
 }
 
-void reserve_and_read(FinetuneSetup& s, const LoadedModel::Progress& progress) {
+void FinetuneSetup::release() {
+  decoder.reset();
+  trainer.reset();
+  loaded.reset();
+  backend.reset();
+}
+
+void reserve(FinetuneSetup& s) {
   s.loaded->reserve(s.trainer->runtime(), *s.llama);
   s.trainer->allocate();
+}
+
+void read_weights(FinetuneSetup& s, const LoadedModel::Progress& progress) {
   s.loaded->read(*s.backend, progress);
   if (s.trains_weights()) s.loaded->load_parameters(*s.trainer, progress);
 }

@@ -51,8 +51,11 @@ struct FinetuneSetup {
   bool without_adapter = false;     // only decodes, with the weights as they are
   bool evaluates = true;            // plans programs that only score
   bool plans_only = false;          // nothing will be allocated: --card need not be there
+  bool replanned = false;           // with what was left when the first plan could not be reserved
 
   bool trains_weights() const { return recipe.method == "full"; }
+  // Gives all memory back: what holds it before what it came from. Ends the setup.
+  void release();
 };
 
 // Opens headers and data, resolves every default and plans all programs. Prints what was found to
@@ -69,8 +72,10 @@ std::optional<std::int64_t> device_cap(const Recipe& recipe);
 // Bytes of the host that a run may page-lock.
 std::int64_t host_budget(const Recipe& recipe);
 
-// Reserves all memory, then reads the weights.
-void reserve_and_read(FinetuneSetup& setup, const LoadedModel::Progress& progress);
+// Takes all memory of the run from the backend. Throws OutOfMemory.
+void reserve(FinetuneSetup& setup);
+// Fills what reserve() took.
+void read_weights(FinetuneSetup& setup, const LoadedModel::Progress& progress);
 
 // HF or GGUF names or a regular expression to the linears of a block; throws Error naming what
 // there is.
