@@ -11,6 +11,7 @@
 #include <span>
 #include <string>
 
+#include "engine/error.h"
 #include "engine/graph.h"
 #include "engine/op.h"
 #include "engine/ops.h"
@@ -104,13 +105,14 @@ class Backend {
   // were one op.
   virtual bool fuses(const Graph& graph, std::span<const std::int32_t> group,
                      std::int32_t next) const;
+  // Throws OutOfMemory; what was handed out before stays as it was.
   virtual std::unique_ptr<Buffer> allocate(std::int64_t bytes, std::string_view purpose) = 0;
   virtual std::int64_t allocated_bytes() const = 0;  // by live buffers
   // What the device has taken for this backend beside its buffers: a context, code, recorded
   // programs. 0 where that is not counted.
   virtual std::int64_t overhead_bytes() const { return 0; }
   // Cleared memory of the host that kernels read and write by page_in and page_out: page-locked on
-  // a device. upload(), download() and clear() take its addresses too. Throws OutOfMemory.
+  // a device. upload(), download() and clear() take its addresses too. Throws as allocate() does.
   virtual std::unique_ptr<Buffer> allocate_host(std::int64_t bytes, std::string_view purpose) = 0;
   virtual std::int64_t host_allocated_bytes() const = 0;
   // In the order of the runs around it. `from` may be reused at once; the bytes may arrive later.
@@ -122,8 +124,8 @@ class Backend {
 };
 
 // Throws OutOfMemory when `bytes` more would pass `limit`; 0: no limit.
-void check_memory_limit(std::string_view purpose, std::int64_t bytes, std::int64_t allocated,
-                        std::int64_t limit);
+void check_memory_limit(std::string_view purpose, MemoryKind kind, std::int64_t bytes,
+                        std::int64_t allocated, std::int64_t limit);
 
 // The types and params of node `id` as a call without addresses.
 OpCall describe(const Graph& graph, std::int32_t id);

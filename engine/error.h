@@ -37,12 +37,18 @@ class DeviceError : public Error {
   int code;
 };
 
-// Memory that the plan asked for cannot be had. `needed_bytes` against `budget_bytes`; the message
-// carries the FitReport's lines.
+// What a backend computes in, or what it has of the host's: page-locked on a device.
+enum class MemoryKind { device, host };
+
+// Memory cannot be had. `needed_bytes`: what is held and what was asked for; `budget_bytes`: what
+// is held and what was there, or the limit that was set; 0: not known. The message names purpose
+// and bytes.
 class OutOfMemory : public Error {
  public:
-  OutOfMemory(const std::string& what, std::int64_t needed_bytes, std::int64_t budget_bytes)
-      : Error(what), needed_bytes(needed_bytes), budget_bytes(budget_bytes) {}
+  OutOfMemory(const std::string& what, MemoryKind kind, std::int64_t needed_bytes,
+              std::int64_t budget_bytes)
+      : Error(what), kind(kind), needed_bytes(needed_bytes), budget_bytes(budget_bytes) {}
+  MemoryKind kind;
   std::int64_t needed_bytes, budget_bytes;
 };
 

@@ -8,10 +8,12 @@
 #include <initializer_list>
 #include <span>
 #include <string>
+#include <vector>
 
 namespace nibble::os {
 
-// A whole file mapped read-only. Movable; the mapping lives as long as the object.
+// A whole file mapped read-only. Movable; the mapping lives as long as the object. Throws
+// OutOfMemory when there is no room for it.
 class MappedFile {
  public:
   MappedFile() = default;
@@ -55,6 +57,8 @@ void write_file(const std::string& path, const std::string& text);  // through A
 void append_file(const std::string& path, const std::string& text);
 std::string read_file(const std::string& path);
 void sync_directory(const std::string& path);
+// Names in a directory, sorted. (std::filesystem's iterator ends the process when memory runs out.)
+std::vector<std::string> directory_entries(const std::string& path);
 
 int physical_cores();                // usable by this process (affinity, cgroup), at least 1
 std::int64_t memory_bytes();         // of the machine or the cgroup, the smaller

@@ -3,6 +3,7 @@
 // Every system call that can be interrupted is repeated, every short write continued, and fsync
 // and close are checked: a full disk may be reported as late as that. Limits of the machine are
 // the smallest of what the hardware, the affinity mask and any enclosing cgroup (v1 or v2) allow.
+#include <dirent.h>
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <sched.h>
@@ -21,6 +22,7 @@
 #include <cstring>
 #include <filesystem>
 #include <limits>
+#include <memory>
 #include <set>
 #include <system_error>
 #include <thread>
@@ -209,6 +211,12 @@ MappedFile::MappedFile(const std::string& path) {
   if (status.st_size == 0) return;
   size_ = static_cast<std::size_t>(status.st_size);
   void* address = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.get(), 0);
+  if (address == MAP_FAILED && errno == ENOMEM) {
+    throw OutOfMemory("cannot map " + path + ": " + std::to_string(size_) +
+                          " bytes of address space are not to be had; raise the limit (ulimit -v, "
+                          "vm.max_map_count)",
+                      MemoryKind::host, static_cast<std::int64_t>(size_), 0);
+  }
   if (address == MAP_FAILED) fail("cannot map " + path, errno);
   data_ = static_cast<const std::byte*>(address);
 }
@@ -352,6 +360,22 @@ void sync_directory(const std::string& path) {
   if (::fsync(directory.get()) != 0 && errno != EINVAL && errno != EROFS) {
     fail("cannot flush " + path, errno);
   }
+}
+
+std::vector<std::string> directory_entries(const std::string& path) {
+  const std::unique_ptr<DIR, int (*)(DIR*)> directory(::opendir(path.c_str()), ::closedir);
+  if (directory == nullptr) fail("cannot read " + path, errno);
+  std::vector<std::string> names;
+  while (true) {
+    errno = 0;
+    const dirent* entry = ::readdir(directory.get());
+    if (entry == nullptr && errno != 0) fail("cannot read " + path, errno);
+    if (entry == nullptr) break;
+    const std::string name = entry->d_name;
+    if (name != "." && name != "..") names.push_back(name);
+  }
+  std::sort(names.begin(), names.end());
+  return names;
 }
 
 int physical_cores() {

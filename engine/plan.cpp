@@ -239,12 +239,12 @@ class Planner {
 
 }  // namespace
 
-void check_memory_limit(std::string_view purpose, std::int64_t bytes, std::int64_t allocated,
-                        std::int64_t limit) {
+void check_memory_limit(std::string_view purpose, MemoryKind kind, std::int64_t bytes,
+                        std::int64_t allocated, std::int64_t limit) {
   if (limit == 0 || allocated + bytes <= limit) return;
   throw OutOfMemory(std::string(purpose) + ": " + std::to_string(bytes) + " bytes do not fit; " +
                         std::to_string(allocated) + " of " + std::to_string(limit) + " are in use",
-                    allocated + bytes, limit);
+                    kind, allocated + bytes, limit);
 }
 
 std::size_t copies_in_flight(const Graph& graph) {

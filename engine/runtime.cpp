@@ -51,6 +51,12 @@ std::int64_t Runtime::arena_bytes() const {
   return round_up(most, backend_.info().allocation_bytes);
 }
 
+std::int64_t Runtime::steps() const {
+  std::int64_t sum = 0;
+  for (const Program& p : programs_) sum += std::ssize(p.plan.steps);
+  return sum;
+}
+
 void Runtime::prepare() {
   for (Program& p : programs_) p.executable->prepare();
 }

@@ -69,6 +69,8 @@ class Runtime {
     return *programs_[static_cast<std::size_t>(program)].graph;
   }
   Backend& backend() const { return backend_; }
+  // Of all programs: what a device that records them keeps grows with these.
+  std::int64_t steps() const;
 
  private:
   struct Program {

@@ -534,6 +534,18 @@ void Trainer::load(StateSource& source) {
   step_ = step;
 }
 
+std::int64_t Trainer::recorded_steps() const {
+  std::int64_t steps = runtime_.steps();
+  if (!options_.draft) return steps;
+  const std::int64_t left_out = std::ssize(options_.buckets) * std::ssize(kLossShares) - 1;
+  for (const std::vector<Program>* programs : {&micro_, &evaluate_}) {
+    for (const Program& p : *programs) {
+      steps += left_out * std::ssize(runtime_.plan(p.number).steps);
+    }
+  }
+  return steps;
+}
+
 double Trainer::plan_ratio() const {
   double worst = 1;
   for (const std::vector<Program>* programs : {&micro_, &evaluate_}) {

@@ -108,6 +108,10 @@ class Trainer {
   void save(StateSink& sink) const;
   void load(StateSource& source);
 
+  // Steps of all programs, those of the decoder that shares the runtime included; of a draft, how
+  // many the real plan has.
+  std::int64_t recorded_steps() const;
+
   double plan_ratio() const;  // arena over its lower bound, the worst program
 
   // The training program of the largest bucket, all of whose rows have labels, and its loss: the

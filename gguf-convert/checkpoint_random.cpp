@@ -8,12 +8,12 @@
 #include <cmath>
 #include <cstring>
 #include <filesystem>
-#include <thread>
 #include <vector>
 
 #include "engine/error.h"
 #include "engine/float16.h"
 #include "engine/os.h"
+#include "engine/parallel.h"
 #include "engine/philox.h"
 #include "gguf-convert/checkpoint_formats.h"
 
@@ -99,11 +99,10 @@ class RandomCheckpoint final : public Checkpoint {
     const std::int64_t parts = std::min<std::int64_t>(wanted, os::physical_cores());
     if (parts <= 1) return work(0, count);
     const std::int64_t each = (count + parts - 1) / parts;
-    std::vector<std::thread> threads;
-    for (std::int64_t begin = 0; begin < count; begin += each) {
-      threads.emplace_back([&work, begin, n = std::min(each, count - begin)] { work(begin, n); });
-    }
-    for (std::thread& t : threads) t.join();
+    parallel_for(static_cast<int>(parts), parts, [&](std::int64_t part, int) {
+      const std::int64_t begin = std::min(part * each, count);
+      work(begin, std::min(each, count - begin));
+    });
   }
   template <class Sink>
   void each(const Tensor& tensor, std::int64_t begin, std::int64_t count, Sink&& sink) const {

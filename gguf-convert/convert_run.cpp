@@ -4,14 +4,13 @@
 // A piece is some rows of a tensor, or a whole tensor of planes, whose double quantization needs
 // the mean over all blocks. Source pages are dropped after the last piece of a tensor.
 #include <algorithm>
-#include <exception>
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <ostream>
-#include <thread>
 
 #include "engine/os.h"
+#include "engine/parallel.h"
 #include "gguf-convert/convert.h"
 #include "gguf-convert/gguf.h"
 #include "gguf-convert/model_writer.h"
@@ -62,21 +61,10 @@ class Encoder {
   // Encodes pieces[0..n) at once, each on its own thread.
   std::vector<std::vector<std::byte>> encode(std::span<const Piece> pieces) const {
     std::vector<std::vector<std::byte>> results(pieces.size());
-    std::vector<std::exception_ptr> failures(pieces.size());
-    std::vector<std::thread> threads;
-    const auto work = [&](std::size_t i) {
-      try {
-        results[i] = encode(pieces[i]);
-      } catch (...) {
-        failures[i] = std::current_exception();
-      }
-    };
-    for (std::size_t i = 1; i < pieces.size(); ++i) threads.emplace_back(work, i);
-    work(0);
-    for (std::thread& thread : threads) thread.join();
-    for (const std::exception_ptr& failure : failures) {
-      if (failure) std::rethrow_exception(failure);
-    }
+    parallel_for(static_cast<int>(pieces.size()), std::ssize(pieces), [&](std::int64_t i, int) {
+      const auto piece = static_cast<std::size_t>(i);
+      results[piece] = encode(pieces[piece]);
+    });
     return results;
   }
 

@@ -100,6 +100,11 @@ int main(int argc, char** argv) {
   } catch (const nibble::UsageError& e) {
     std::cerr << "gguf-convert: " << e.what() << "\n";
     return 2;
+  } catch (const std::bad_alloc&) {
+    std::cerr << "gguf-convert: the host's memory ran out and nothing was written; close other "
+                 "programs, raise the limit (ulimit -v, the container's memory), or use fewer "
+                 "--threads\n";
+    return 1;
   } catch (const std::exception& e) {
     std::cerr << "gguf-convert: " << e.what() << "\n";
     return 1;

@@ -43,8 +43,8 @@ StagedDirectory::StagedDirectory(const std::string& path, const std::string& mar
   fs::create_directories(target.parent_path());
   const std::string stem = (target.parent_path() / ("." + target.filename().string())).string();
   for (int i = 0; staging_.empty(); ++i) {
-    const std::string candidate = stem + ".partial" + std::to_string(i);
-    if (fs::create_directory(candidate)) staging_ = candidate;
+    std::string candidate = stem + ".partial" + std::to_string(i);
+    if (fs::create_directory(candidate)) staging_ = std::move(candidate);
   }
 } catch (const fs::filesystem_error& e) {
   rethrow(e);
@@ -60,13 +60,13 @@ void StagedDirectory::commit() try {
     fs::rename(staging_, path_);
   } else {
     std::vector<fs::path> stale;
-    for (const auto& entry : fs::directory_iterator(path_)) {
-      if (is_weights(entry.path()) && !fs::exists(fs::path(staging_) / entry.path().filename())) {
-        stale.push_back(entry.path());
+    for (const std::string& name : os::directory_entries(path_)) {
+      if (is_weights(name) && !fs::exists(fs::path(staging_) / name)) {
+        stale.push_back(fs::path(path_) / name);
       }
     }
-    for (const auto& entry : fs::directory_iterator(staging_)) {
-      fs::rename(entry.path(), fs::path(path_) / entry.path().filename());
+    for (const std::string& name : os::directory_entries(staging_)) {
+      fs::rename(fs::path(staging_) / name, fs::path(path_) / name);
     }
     for (const fs::path& file : stale) fs::remove(file);
     fs::remove_all(staging_);

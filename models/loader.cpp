@@ -1,12 +1,10 @@
 #include "models/loader.h"
 
 #include <algorithm>
-#include <atomic>
-#include <exception>
 #include <mutex>
-#include <thread>
 
 #include "engine/error.h"
+#include "engine/parallel.h"
 #include "gguf-convert/convert.h"
 #include "gguf-convert/names.h"
 
@@ -131,47 +129,33 @@ std::byte* LoadedModel::address(const Weight& w) const {
   return buffer_->data() + w.offset;
 }
 
-// Tensors are independent of each other: threads take them one by one, so at most `threads` are
-// held in host memory at a time.
+// Tensors are independent of each other: threads take them one by one, each with a buffer of its
+// own, so at most `threads` are held in host memory at a time.
 void LoadedModel::read(Backend& backend, const Progress& progress) const {
-  std::atomic<std::size_t> next = 0;
+  const int threads = std::max(options_.threads, 1);
+  std::vector<std::vector<std::byte>> buffers(static_cast<std::size_t>(threads));
   std::mutex mutex;
-  std::exception_ptr error;
   std::int64_t done = 0;
-  const auto work = [&] {
-    std::vector<std::byte> host;
-    for (std::size_t i = next++; i < weights_.size(); i = next++) {
-      const Weight& w = weights_[i];
-      if (w.place == Weight::Place::mapped) continue;
-      const std::string_view in_block =
-          options_.repeat_first_block ? block_part(w.source->name) : "";
-      if (!in_block.empty() && !w.source->name.starts_with("blk.0.")) continue;
-      try {
-        host.resize(static_cast<std::size_t>(bytes(w.type)));
-        convert_tensor(*checkpoint_, *w.source, w.type, config_.rope_style, host);
-        const std::lock_guard lock(mutex);
-        backend.upload(address(w), host);
-        for (const Weight& other : weights_) {
-          if (in_block.empty() || &other == &w) continue;
-          if (block_part(other.source->name) != in_block || !(other.type == w.type)) continue;
-          backend.upload(address(other), host);
-          done += bytes(other.type);
-        }
-        checkpoint_->forget(*w.source);
-        done += bytes(w.type);
-        if (progress) progress(done, weight_bytes_ + embedding_bytes_ + streamed_bytes_);
-      } catch (...) {
-        const std::lock_guard lock(mutex);
-        if (!error) error = std::current_exception();
-        next = weights_.size();
-      }
+  parallel_for(threads, std::ssize(weights_), [&](std::int64_t task, int thread) {
+    const Weight& w = weights_[static_cast<std::size_t>(task)];
+    if (w.place == Weight::Place::mapped) return;
+    const std::string_view in_block = options_.repeat_first_block ? block_part(w.source->name) : "";
+    if (!in_block.empty() && !w.source->name.starts_with("blk.0.")) return;
+    std::vector<std::byte>& host = buffers[static_cast<std::size_t>(thread)];
+    host.resize(static_cast<std::size_t>(bytes(w.type)));
+    convert_tensor(*checkpoint_, *w.source, w.type, config_.rope_style, host);
+    const std::lock_guard lock(mutex);
+    backend.upload(address(w), host);
+    for (const Weight& other : weights_) {
+      if (in_block.empty() || &other == &w) continue;
+      if (block_part(other.source->name) != in_block || !(other.type == w.type)) continue;
+      backend.upload(address(other), host);
+      done += bytes(other.type);
     }
-  };
-  std::vector<std::thread> threads;
-  for (int i = 1; i < options_.threads; ++i) threads.emplace_back(work);
-  work();
-  for (std::thread& t : threads) t.join();
-  if (error) std::rethrow_exception(error);
+    checkpoint_->forget(*w.source);
+    done += bytes(w.type);
+    if (progress) progress(done, weight_bytes_ + embedding_bytes_ + streamed_bytes_);
+  });
 }
 
 void LoadedModel::reserve(Runtime& runtime, const Llama& model) {

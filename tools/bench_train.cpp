@@ -167,13 +167,9 @@ FinetuneSetup bench_setup(const BenchRequest& r, std::int64_t rank) {
   return s;
 }
 
-// The rates are measured on an empty machine, right after what was timed. What holds memory goes
-// before the backend that it came from.
+// The rates are measured on an empty machine, right after what was timed.
 MachineRates peak_after(FinetuneSetup& s, const BenchRequest& r, std::int64_t rows) {
-  s.decoder.reset();
-  s.trainer.reset();
-  s.loaded.reset();
-  s.backend.reset();
+  s.release();
   const int threads = r.where.threads > 0 ? r.where.threads : os::physical_cores();
   return machine_rates(*open_backend(r.where, 0), threads, rows, r.peak_seconds);
 }
@@ -196,7 +192,8 @@ int bench_train(const BenchRequest& r, std::ostream& out, std::ostream& log) {
     throw Error("the step does not fit");
   }
   const double planned = os::seconds();
-  reserve_and_read(s, {});
+  reserve(s);
+  read_weights(s, {});
   if (!s.trains_weights()) initialize_adapter(*s.trainer, 0);
   const double loaded = os::seconds();
   const Microbatch batch = random_batch(rows, r.sequence, s.loaded->config().vocab);
@@ -225,6 +222,7 @@ int bench_train(const BenchRequest& r, std::ostream& out, std::ostream& log) {
   const double elapsed = os::seconds() - begin;
   const cuda::Counters after = cuda ? cuda::read_cuda_counters(device) : cuda::Counters{};
   if (r.ops) step(table.hook());
+  const std::int64_t overhead = s.backend->overhead_bytes(), steps = s.trainer->runtime().steps();
   const std::int64_t allocated = s.backend->allocated_bytes();
   const std::string description = s.backend->info().description, storage = s.fit.storage;
   const double time = median(seconds),
@@ -264,6 +262,8 @@ int bench_train(const BenchRequest& r, std::ostream& out, std::ostream& log) {
               {"first_loss_seconds", first_loss - start}};
   if (cuda) {
     row["device_used_bytes"] = after.device_used_bytes;
+    row["overhead_bytes"] = overhead;
+    row["recorded_steps"] = steps;
     row["host_in_bytes_per_s"] = peak.host_in_bytes_per_s;
     row["host_out_bytes_per_s"] = peak.host_out_bytes_per_s;
     row["host_both_bytes_per_s"] = peak.host_both_bytes_per_s;
@@ -312,7 +312,8 @@ int bench_decode(const BenchRequest& r, std::ostream& out, std::ostream&) {
   FinetuneSetup s = bench_setup(r, std::max<std::int64_t>(r.rank, 0));
   s.buckets = {};
   plan_model(s, r.prompt + r.tokens + 1);
-  reserve_and_read(s, {});
+  reserve(s);
+  read_weights(s, {});
   if (!s.trains_weights()) initialize_adapter(*s.trainer, 0);
   std::vector<std::int32_t> prompt;
   for (std::int64_t i = 0; i < r.prompt; ++i) {

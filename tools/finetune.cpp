@@ -15,6 +15,7 @@
 #include "tools/finetune_setup.h"
 #include "tools/plan_picture.h"
 #include "tools/plot.h"
+#include "tools/replan.h"
 #include "tools/run_directory.h"
 #include "tools/text.h"
 
@@ -57,6 +58,7 @@ std::string trimmed(const std::string& text) {
   return text.substr(begin, text.find_last_not_of(" \n\t\r") - begin + 1);
 }
 
+// A run whose memory is reserved.
 class Run {
  public:
   Run(FinetuneSetup setup, RunDirectory directory, std::ostream& out, std::ostream& log)
@@ -90,7 +92,8 @@ class Run {
                          static_cast<double>(std::max<std::int64_t>(all, 1)))
            << std::flush;
     };
-    reserve_and_read(s_, progress);
+    overhead_at_start_ = s_.backend->overhead_bytes();
+    read_weights(s_, progress);
     if (!s_.trains_weights()) {
       if (r_.adapter.empty()) {
         initialize_adapter(*s_.trainer, r_.seed);
@@ -335,6 +338,13 @@ class Run {
     if (s_.fit.pinned_bytes() > 0) {
       text << ", and " << size_text(s_.backend->host_allocated_bytes()) << " on the host";
     }
+    const std::int64_t beside = s_.backend->overhead_bytes();
+    if (beside > 0) {
+      text << "; the device took " << size_text(beside) << " beside them, "
+           << (beside == overhead_at_start_
+                   ? "unchanged since the start"
+                   : size_text(beside - overhead_at_start_) + " more than at the start");
+    }
     text << "; process peak " << size_text(os::peak_resident_bytes()) << " resident, "
          << size_text(s_.loaded->mapped_bytes()) << " of it mapped weights at most\n";
     text << "time       " << time_text(train_seconds_) << " training\n";
@@ -346,6 +356,8 @@ class Run {
              {"peak_bytes", s_.backend->allocated_bytes()},
              {"planned_bytes", predicted},
              {"host_bytes", s_.backend->host_allocated_bytes()},
+             {"overhead_bytes", beside},
+             {"overhead_grew_bytes", beside - overhead_at_start_},
              {"seconds", train_seconds_}});
   }
 
@@ -433,6 +445,7 @@ class Run {
   std::ostream& log_;
   bool terminal_;
   bool interrupted_ = false;
+  std::int64_t overhead_at_start_ = 0;
   std::int64_t tokens_done_ = 0;  // by the current step, padding aside
   double train_seconds_ = 0;
   std::vector<RowLoss> first_losses_, last_losses_;
@@ -485,9 +498,10 @@ int refuse(const FinetuneSetup& s, const Recipe& asked, std::ostream& log) {
     return 1;
   }
   const bool chosen = asked.storage == "auto";
-  const std::string source = !asked.memory.empty() ? "--memory allows"
-                             : !asked.card.empty() ? "--card " + asked.card + " has"
-                                                   : "this machine has";
+  const std::string source = s.replanned             ? "there are now"
+                             : !asked.memory.empty() ? "--memory allows"
+                             : !asked.card.empty()   ? "--card " + asked.card + " has"
+                                                     : "this machine has";
   log << "nibble: the run needs " << (chosen ? "at least " : "")
       << size_text(fit.total_bytes() + fit.context_bytes) << ", " << source << " "
       << size_text(fit.budget_bytes);
@@ -524,6 +538,12 @@ int finetune(const Recipe& recipe, std::ostream& out, std::ostream& log) {
   if (recipe.dry_run) {
     log << "dry run    nothing was read or written\n";
     return 0;
+  }
+  // Before the run directory is touched: an earlier run in it stays what it is when this fails.
+  const Recipe planned = reserve_or_replan(setup, recipe, log);
+  if (!setup.fit.fits()) {
+    print_fit(setup.fit, log);
+    return refuse(setup, planned, log);
   }
   if (setup.recipe.out.empty()) {
     setup.recipe.out = default_run_directory(setup.recipe.model, setup.recipe.data.front());

@@ -320,19 +320,31 @@ void open_setup_model(FinetuneSetup& s) {
   r.targets = r.method == "full" ? std::vector<std::string>{} : resolve_targets(r.targets);
 }
 
-void reserve_and_read(FinetuneSetup& s, const LoadedModel::Progress& progress) {
+void FinetuneSetup::release() {
+  decoder.reset();
+  trainer.reset();
+  loaded.reset();
+  backend.reset();
+}
+
+void reserve(FinetuneSetup& s) {
   s.loaded->reserve(s.trainer->runtime(), *s.llama);
   s.trainer->allocate();
   if (is_cuda(s.backend->info())) {
     if (s.decoder) s.decoder->warm_up();
     s.trainer->warm_up();
   }
+}
+
+void read_weights(FinetuneSetup& s, const LoadedModel::Progress& progress) {
   s.loaded->read(*s.backend, progress);
   if (s.trains_weights()) s.loaded->load_parameters(*s.trainer, progress);
 }
 
-FinetuneSetup set_up(const Recipe& recipe, std::ostream& log, bool plans_only) {
+FinetuneSetup set_up(const Recipe& recipe, std::ostream& log, bool plans_only,
+                     std::optional<std::int64_t> measured_context_bytes) {
   FinetuneSetup s;
+  s.measured_context_bytes = measured_context_bytes;
   s.recipe = recipe;
   s.plans_only = plans_only;
   s.repeat_first_block = plans_only && recipe.model.starts_with("random:");

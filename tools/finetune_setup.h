@@ -51,13 +51,19 @@ struct FinetuneSetup {
   bool without_adapter = false;     // only decodes, with the weights as they are
   bool evaluates = true;            // plans programs that only score
   bool plans_only = false;          // nothing will be allocated: --card need not be there
+  // What the device was seen to take beside the plan; none: it is predicted.
+  std::optional<std::int64_t> measured_context_bytes;
+  bool replanned = false;  // with what was left when the first plan could not be reserved
 
   bool trains_weights() const { return recipe.method == "full"; }
+  // Gives all memory back: what holds it before what it came from. Ends the setup.
+  void release();
 };
 
 // Opens headers and data, resolves every default and plans all programs. Prints what was found to
 // `log`. Nothing of the size of the model is allocated or read.
-FinetuneSetup set_up(const Recipe& recipe, std::ostream& log, bool plans_only = false);
+FinetuneSetup set_up(const Recipe& recipe, std::ostream& log, bool plans_only = false,
+                     std::optional<std::int64_t> measured_context_bytes = {});
 
 // The parts of set_up() that do not need data: backend and model headers, then the programs for
 // setup.buckets and, with sample_context > 0, for decoding.
@@ -69,8 +75,10 @@ std::optional<std::int64_t> device_cap(const Recipe& recipe);
 // Bytes of the host that a run may page-lock.
 std::int64_t host_budget(const Recipe& recipe);
 
-// Reserves all memory, then reads the weights.
-void reserve_and_read(FinetuneSetup& setup, const LoadedModel::Progress& progress);
+// Takes all memory of the run from the backend. Throws OutOfMemory.
+void reserve(FinetuneSetup& setup);
+// Fills what reserve() took.
+void read_weights(FinetuneSetup& setup, const LoadedModel::Progress& progress);
 
 // HF or GGUF names or a regular expression to the linears of a block; throws Error naming what
 // there is.

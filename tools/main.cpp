@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <functional>
 #include <iostream>
+#include <new>
 
 #include "engine/error.h"
 #include "engine/os.h"
@@ -100,9 +101,7 @@ std::vector<std::string> arguments(const CLI::App& app, int argc, char** argv) {
   return words;
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run_command(int argc, char** argv) {
   CLI::App app("Nibble finetunes large language models in 4 bits (QLoRA).", "nibble");
   app.set_version_flag("--version", std::string("nibble ") + NIBBLE_VERSION);
   app.require_subcommand(1);
@@ -150,10 +149,20 @@ int main(int argc, char** argv) {
     return 2;
   }
   os::catch_interrupt();
+  return run();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
   try {
-    return run();
+    return run_command(argc, argv);
+  } catch (const std::bad_alloc&) {
+    std::cerr
+        << "nibble: the host's memory ran out; what was saved is intact. Close other programs, "
+           "raise the limit (ulimit -v, the container's memory), or use fewer --threads\n";
   } catch (const std::exception& e) {
     std::cerr << "nibble: " << e.what() << "\n";
-    return 1;
   }
+  return 1;
 }

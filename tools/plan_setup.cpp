@@ -31,17 +31,27 @@ enum class Plans { draft, all };
 // What may leave for the host beside activations, each with those before it.
 enum class Leaving { none, optimizer, weights };
 
-// What the run may take on the device.
-std::int64_t budget(const FinetuneSetup& s) {
+// What the run may take on the device, and how much of that the device's own context is.
+struct Budget {
+  std::int64_t bytes, context_bytes;
+};
+
+Budget budget(const FinetuneSetup& s) {
   const BackendInfo info = s.backend->info();
-  // Main memory is shared with everything else; a card's is what was free.
-  return device_cap(s.recipe).value_or(is_cuda(info) ? info.memory_bytes
-                                                     : info.memory_bytes / 10 * 8);
+  const std::optional<std::int64_t> cap = device_cap(s.recipe);
+  // Main memory is shared with everything else.
+  if (!is_cuda(info)) return {cap.value_or(info.memory_bytes / 10 * 8), 0};
+  // A card's is what was free, which was read when the context was there.
+  const std::int64_t context = s.measured_context_bytes.value_or(
+      kContextBytes + kRecordedStepBytes * s.trainer->recorded_steps());
+  if (cap && *cap - context <= info.memory_bytes) return {*cap, context};
+  return {info.memory_bytes, 0};
 }
 
 // Bytes too many, of the last plan.
 std::int64_t excess(const FinetuneSetup& s) {
-  return s.fit.total_bytes() + s.fit.context_bytes - budget(s);
+  const Budget most = budget(s);
+  return s.fit.total_bytes() + most.context_bytes - most.bytes;
 }
 
 void predict_speed(FinetuneSetup& s) {
@@ -98,13 +108,12 @@ void plan_policy(FinetuneSetup& s, const Policy& policy, std::int64_t sample_con
     s.fit.pinned.push_back({"streamed weights", s.loaded->streamed_bytes()});
   if (s.loaded->mapped_bytes() > 0)
     s.fit.host.push_back({"weights mapped", s.loaded->mapped_bytes()});
-  // Free memory was read when the context was there.
-  const bool capped = device_cap(r).has_value();
-  if (capped && is_cuda(s.backend->info())) s.fit.context_bytes = kContextBytes;
   s.fit.pinned_budget_bytes = host_budget(r);
   // A limit that nobody set matters where it is exceeded.
-  if (capped || s.fit.total_bytes() > s.backend->info().memory_bytes) {
-    s.fit.budget_bytes = budget(s);
+  if (device_cap(r) || s.fit.total_bytes() > s.backend->info().memory_bytes) {
+    const Budget most = budget(s);
+    s.fit.budget_bytes = most.bytes;
+    s.fit.context_bytes = most.context_bytes;
   }
   predict_speed(s);
 }

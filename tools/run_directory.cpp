@@ -52,27 +52,24 @@ constexpr std::array<const char*, 9> kRunFiles = {"config.json", "log.jsonl",   
                                                   "model.gguf",  "model",        "events"};
 
 // The checkpoints of a run, oldest first. Past a million steps the names grow longer.
-std::vector<fs::path> checkpoint_files(const fs::path& directory) {
-  std::vector<fs::path> files;
-  for (const auto& entry : fs::directory_iterator(directory)) {
-    const std::string name = entry.path().filename().string();
-    if (name.starts_with("step-") && name.ends_with(".gguf")) files.push_back(entry.path());
+std::vector<std::string> checkpoint_files(const std::string& directory) {
+  std::vector<std::string> files;
+  for (const std::string& name : os::directory_entries(directory)) {
+    if (name.starts_with("step-") && name.ends_with(".gguf")) {
+      files.push_back(directory + "/" + name);
+    }
   }
-  std::sort(files.begin(), files.end(), [](const fs::path& a, const fs::path& b) {
-    const std::string x = a.string(), y = b.string();
-    return x.size() != y.size() ? x.size() < y.size() : x < y;
-  });
+  std::stable_sort(files.begin(), files.end(),
+                   [](const std::string& a, const std::string& b) { return a.size() < b.size(); });
   return files;
 }
 
 // Removes the temporary files of checkpoints that a kill cut short.
-void remove_unfinished(const fs::path& directory) {
-  std::vector<fs::path> files;
-  for (const auto& entry : fs::directory_iterator(directory)) {
-    if (entry.path().filename().string().starts_with(".step-")) files.push_back(entry.path());
-  }
+void remove_unfinished(const std::string& directory) {
   std::error_code error;
-  for (const fs::path& file : files) fs::remove(file, error);
+  for (const std::string& name : os::directory_entries(directory)) {
+    if (name.starts_with(".step-")) fs::remove(directory + "/" + name, error);
+  }
 }
 
 std::string stem(const std::string& path) {
@@ -107,7 +104,7 @@ RunDirectory::RunDirectory(const std::string& path, Open open) : path_(path) {
   }
   fs::create_directories(fs::path(path_) / "checkpoints", error);
   if (error) throw Error(path_ + ": cannot create the run directory: " + error.message());
-  if (open == Open::resume) remove_unfinished(fs::path(path_) / "checkpoints");
+  if (open == Open::resume) remove_unfinished(file("checkpoints"));
 }
 
 std::optional<nlohmann::ordered_json> RunDirectory::config() const {
@@ -162,7 +159,7 @@ std::string RunDirectory::save_checkpoint(const Trainer& trainer, std::int64_t k
   WriteData write(writer);
   trainer.save(write);
   writer.finish();
-  std::vector<fs::path> files = checkpoint_files(file("checkpoints"));
+  std::vector<std::string> files = checkpoint_files(file("checkpoints"));
   std::error_code error;
   while (static_cast<std::int64_t>(files.size()) > keep) {
     fs::remove(files.front(), error);
@@ -172,9 +169,9 @@ std::string RunDirectory::save_checkpoint(const Trainer& trainer, std::int64_t k
 }
 
 std::optional<std::string> RunDirectory::newest_checkpoint() const {
-  const std::vector<fs::path> files = checkpoint_files(file("checkpoints"));
+  const std::vector<std::string> files = checkpoint_files(file("checkpoints"));
   if (files.empty()) return std::nullopt;
-  return files.back().string();
+  return files.back();
 }
 
 void load_checkpoint(const std::string& path, Trainer& trainer) {

@@ -38,6 +38,18 @@ struct Release {
   void operator()(std::byte* p) const { ::operator delete (p, std::align_val_t{kAlignment}); }
 };
 
+// Bytes of the largest block that the system still gives, below `refused`, to 1 MiB.
+std::int64_t largest_block(std::int64_t refused) {
+  std::int64_t given = 0;
+  while (refused - given > 1 << 20) {
+    const std::int64_t middle = given + (refused - given) / 2;
+    void* block = ::operator new(static_cast<std::size_t>(middle), std::nothrow);
+    ::operator delete(block);
+    (block == nullptr ? refused : given) = middle;
+  }
+  return given;
+}
+
 class CpuBuffer final : public Buffer {
  public:
   CpuBuffer(std::int64_t bytes, std::int64_t& total)
@@ -143,12 +155,12 @@ class CpuBackend final : public Backend {
   }
 
   std::unique_ptr<Buffer> allocate(std::int64_t bytes, std::string_view purpose) override {
-    return make_buffer(bytes, purpose, allocated_, limit_);
+    return make_buffer(bytes, purpose, MemoryKind::device, allocated_, limit_);
   }
   std::int64_t allocated_bytes() const override { return allocated_; }
 
   std::unique_ptr<Buffer> allocate_host(std::int64_t bytes, std::string_view purpose) override {
-    auto buffer = make_buffer(bytes, purpose, host_allocated_, host_limit_);
+    auto buffer = make_buffer(bytes, purpose, MemoryKind::host, host_allocated_, host_limit_);
     clear(buffer->data(), bytes);
     return buffer;
   }
@@ -170,14 +182,18 @@ class CpuBackend final : public Backend {
 
  private:
   static std::unique_ptr<Buffer> make_buffer(std::int64_t bytes, std::string_view purpose,
-                                             std::int64_t& allocated, std::int64_t limit) {
-    check_memory_limit(purpose, bytes, allocated, limit);
+                                             MemoryKind kind, std::int64_t& allocated,
+                                             std::int64_t limit) {
+    check_memory_limit(purpose, kind, bytes, allocated, limit);
     try {
       return std::make_unique<CpuBuffer>(bytes, allocated);
     } catch (const std::bad_alloc&) {
-      throw OutOfMemory(
-          std::string(purpose) + ": the system has no " + std::to_string(bytes) + " bytes to give",
-          allocated + bytes, limit);
+      const std::int64_t largest = largest_block(bytes);
+      throw OutOfMemory(std::string(purpose) + ": " + std::to_string(bytes) +
+                            " bytes of memory are not to be had, the system gives " +
+                            std::to_string(largest) +
+                            "; close other programs or raise the limit (ulimit -v)",
+                        kind, allocated + bytes, allocated + largest);
     }
   }
 

@@ -37,6 +37,9 @@ ThreadPool::ThreadPool(int threads) {
                           " of " + std::to_string(threads) + " (" + e.what() +
                           "); use fewer --threads",
                       e.code().value());
+  } catch (...) {  // no memory for a thread's own state
+    stop();
+    throw;
   }
 }
 

@@ -171,10 +171,7 @@ class PlanningBackend final : public CardBackend {
 
 class CudaBackend final : public CardBackend {
  public:
-  explicit CudaBackend(const CudaOptions& options)
-      : device_(options.device),
-        limit_(options.memory_limit),
-        host_limit_(options.host_memory_limit) {
+  explicit CudaBackend(const CudaOptions& options) : CudaBackend(options, Closed{}) {
     const int count = device_count();
     if (device_ < 0 || device_ >= count) {
       throw DeviceError(
@@ -216,9 +213,10 @@ class CudaBackend final : public CardBackend {
   }
 
   ~CudaBackend() override {
-    cudaStreamSynchronize(stream_);
-    staging_.reset();
-    for (const cudaStream_t stream : {stream_, copy_in_, copy_out_}) cudaStreamDestroy(stream);
+    staging_.reset();  // waits for the stream
+    for (const cudaStream_t stream : {stream_, copy_in_, copy_out_}) {
+      if (stream != nullptr) cudaStreamDestroy(stream);
+    }
   }
 
   BackendInfo info() const override {
@@ -228,7 +226,7 @@ class CudaBackend final : public CardBackend {
 
   std::unique_ptr<Buffer> allocate(std::int64_t bytes, std::string_view purpose) override {
     refuse_if_poisoned();
-    check_memory_limit(purpose, bytes, allocated_, limit_);
+    check_memory_limit(purpose, MemoryKind::device, bytes, allocated_, limit_);
     try {
       check(cudaSetDevice(device_), "cudaSetDevice");
       return std::make_unique<DeviceBuffer>(bytes, allocated_);
@@ -243,7 +241,8 @@ class CudaBackend final : public CardBackend {
       throw OutOfMemory(std::string(purpose) + ": " + std::to_string(bytes) + " bytes of " +
                             description_.name + " are not to be had, " + std::to_string(free) +
                             " are free; another program may hold the rest",
-                        allocated_ + bytes, static_cast<std::int64_t>(free) + allocated_);
+                        MemoryKind::device, allocated_ + bytes,
+                        static_cast<std::int64_t>(free) + allocated_);
     }
   }
   std::int64_t allocated_bytes() const override { return allocated_; }
@@ -254,7 +253,7 @@ class CudaBackend final : public CardBackend {
            allocated_;
   }
   std::unique_ptr<Buffer> allocate_host(std::int64_t bytes, std::string_view purpose) override {
-    check_memory_limit(purpose, bytes, host_allocated_, host_limit_);
+    check_memory_limit(purpose, MemoryKind::host, bytes, host_allocated_, host_limit_);
     std::unique_ptr<Buffer> buffer;
     guarded([&] { buffer = std::make_unique<PinnedBuffer>(bytes, purpose, host_allocated_); });
     return buffer;
@@ -293,6 +292,12 @@ class CudaBackend final : public CardBackend {
   }
 
  private:
+  // From the end of this constructor on the destructor runs, also when opening the device throws.
+  struct Closed {};
+  CudaBackend(const CudaOptions& options, Closed)
+      : device_(options.device),
+        limit_(options.memory_limit),
+        host_limit_(options.host_memory_limit) {}
   // Whether this build has code that the card can run.
   void check_targets() const {
     cudaFuncAttributes attributes{};

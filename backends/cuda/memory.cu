@@ -8,6 +8,28 @@
 
 namespace nibble::cuda {
 
+namespace {
+
+// Page-locked host memory. Throws OutOfMemory; `held` bytes are there already.
+std::byte* pin(std::int64_t bytes, std::string_view purpose, std::int64_t held) {
+  void* data = nullptr;
+  const cudaError_t status =
+      cudaHostAlloc(&data, static_cast<std::size_t>(bytes), cudaHostAllocDefault);
+  if (status == cudaErrorMemoryAllocation || status == cudaErrorNotSupported) {
+    cudaGetLastError();
+    throw OutOfMemory(std::string(purpose) + ": " + std::to_string(bytes) +
+                          " bytes of host memory cannot be page-locked (" +
+                          cudaGetErrorString(status) +
+                          "); free some, raise the limit (ulimit -l, the container's memory), or "
+                          "lower --host-memory",
+                      MemoryKind::host, held + bytes, 0);
+  }
+  check(status, "page-locking host memory");
+  return static_cast<std::byte*>(data);
+}
+
+}  // namespace
+
 DeviceBuffer::DeviceBuffer(std::int64_t bytes, std::int64_t& total) : bytes_(bytes), total_(total) {
   if (bytes == 0) return;
   void* data = nullptr;
@@ -25,21 +47,8 @@ DeviceBuffer::~DeviceBuffer() {
 PinnedBuffer::PinnedBuffer(std::int64_t bytes, std::string_view purpose, std::int64_t& total)
     : bytes_(bytes), total_(total) {
   if (bytes == 0) return;
-  void* data = nullptr;
-  const auto size = static_cast<std::size_t>(bytes);
-  const cudaError_t status = cudaHostAlloc(&data, size, cudaHostAllocDefault);
-  if (status == cudaErrorMemoryAllocation || status == cudaErrorNotSupported) {
-    cudaGetLastError();
-    throw OutOfMemory(std::string(purpose) + ": " + std::to_string(bytes) +
-                          " bytes of host memory cannot be page-locked (" +
-                          cudaGetErrorString(status) +
-                          "); free some, raise the limit (ulimit -l, the container's memory), or "
-                          "lower --host-memory",
-                      total + bytes, 0);
-  }
-  check(status, "page-locking host memory");
-  data_ = static_cast<std::byte*>(data);
-  std::memset(data_, 0, size);
+  data_ = pin(bytes, purpose, total);
+  std::memset(data_, 0, static_cast<std::size_t>(bytes));
   total_ += bytes_;
 }
 
@@ -49,16 +58,15 @@ PinnedBuffer::~PinnedBuffer() {
   total_ -= bytes_;
 }
 
-Staging::Staging(cudaStream_t stream) : stream_(stream) {
+// From the end of the first constructor on the destructor runs, also when the second one throws.
+Staging::Staging(cudaStream_t stream, Empty) : stream_(stream) {}
+
+Staging::Staging(cudaStream_t stream) : Staging(stream, Empty{}) {
   for (Slot& slot : slots_) {
-    void* data = nullptr;
-    check(cudaHostAlloc(&data, kSlotBytes, cudaHostAllocDefault), "pinning 8 MiB of host memory");
-    slot.data = static_cast<std::byte*>(data);
+    slot.data = pin(kSlotBytes, "upload slot", 0);
     check(cudaEventCreateWithFlags(&slot.done, cudaEventDisableTiming), "cudaEventCreate");
   }
-  void* data = nullptr;
-  check(cudaHostAlloc(&data, kSlotBytes, cudaHostAllocDefault), "pinning 8 MiB of host memory");
-  landing_ = static_cast<std::byte*>(data);
+  landing_ = pin(kSlotBytes, "download slot", 0);
 }
 
 Staging::~Staging() {

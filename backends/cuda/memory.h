@@ -61,6 +61,8 @@ class Staging {
     std::byte* data = nullptr;
     cudaEvent_t done = nullptr;
   };
+  struct Empty {};
+  Staging(cudaStream_t stream, Empty);
   void next_slot();
   cudaStream_t stream_;
   std::array<Slot, 4> slots_;

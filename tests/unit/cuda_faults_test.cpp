@@ -46,6 +46,19 @@ TEST_CASE("memory that is not to be had, and memory past the limit") {
   CHECK_THROWS_AS(small->allocate((1 << 20) + 1, "arena"), OutOfMemory);
 }
 
+TEST_CASE("host memory that cannot be page-locked: what, how much, and what to do") {
+  const auto backend = cuda::open_cuda({});
+  const std::string message =
+      message_of([&] { backend->allocate_host(std::int64_t{1} << 46, "optimizer pages"); });
+  CHECK_MESSAGE(message.starts_with("optimizer pages: 70368744177664 bytes"), message);
+  CHECK_MESSAGE(has(message, "ulimit -l"), message);
+  CHECK_MESSAGE(has(message, "--host-memory"), message);
+  CHECK(message.find('\n') == std::string::npos);
+  CHECK(backend->host_allocated_bytes() == 0);
+  const auto buffer = backend->allocate_host(1 << 20, "optimizer pages");  // and it goes on
+  CHECK(backend->host_allocated_bytes() == 1 << 20);
+}
+
 TEST_CASE("after a fault the backend says so instead of returning numbers") {
   const auto backend = cuda::open_cuda({});
   Graph graph(DType::F32);

@@ -42,6 +42,15 @@ std::string text_of(std::span<const std::byte> bytes) {
 
 }  // namespace
 
+TEST_CASE("a directory's entries, sorted, hidden ones too") {
+  const Scratch scratch;
+  CHECK(os::directory_entries(scratch.path()).empty());
+  for (const char* name : {"b", ".hidden", "a"}) put(scratch / name, "");
+  CHECK(os::directory_entries(scratch.path()) == std::vector<std::string>{".hidden", "a", "b"});
+  CHECK_THROWS_WITH_AS(os::directory_entries(scratch / "none"), doctest::Contains("cannot read"),
+                       DeviceError);
+}
+
 TEST_CASE("an atomic file appears whole, in any pieces, and leaves nothing beside it") {
   const Scratch scratch;
   const std::string path = scratch / "out";
