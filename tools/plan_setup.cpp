@@ -17,6 +17,7 @@ namespace {
 constexpr int kMostSplits = 6;  // depths to try
 constexpr std::int64_t kFewLossRows = 512;
 constexpr std::int64_t kMargin = 4 << 20;
+constexpr std::int64_t kPagedArrays = 3;  // masters and two moments, each rounded up
 // What more traffic has to save to be worth it.
 constexpr double kWorthwhile = 0.98;
 
@@ -212,9 +213,10 @@ class Chooser {
   // that what was saved is looked at again.
   void page(Policy& policy) {
     const std::int64_t each = s_.trainer->pageable_bytes_per_block();
+    const std::int64_t rounding = kPagedArrays * s_.backend->info().allocation_bytes;
     std::int64_t blocks = policy.paged / kParameterBlock;
     for (int tries = 0; tries < 3 && excess_ > 0 && blocks * each < pageable(); ++tries) {
-      blocks = std::min(blocks + (excess_ + each - 1) / each, pageable() / each);
+      blocks = std::min(blocks + (excess_ + rounding) / each + 1, pageable() / each);
       policy.paged = blocks * kParameterBlock;
       plan(policy);
     }

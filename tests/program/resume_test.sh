@@ -53,7 +53,7 @@ done
 # Moments in 8 bits: in part on the host, and resumed under another cap.
 small="--optimizer adamw8bit"
 train "$scratch/small" $small
-for memory in 5500K 7M; do
+for memory in 5500K "6600K --storage attention"; do
   train "$scratch/small$memory" $small --memory $memory
   check "8-bit moments, --memory $memory: some are on the host" grep -q "optimizer pages" "$scratch/small$memory.err"
   check "8-bit moments, --memory $memory: same adapter" same "$scratch/small" "$scratch/small$memory"
