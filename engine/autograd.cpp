@@ -6,6 +6,7 @@
 #include "engine/error.h"
 #include "engine/op.h"
 #include "engine/ops.h"
+#include "engine/storage.h"
 
 namespace nibble {
 namespace {
@@ -14,7 +15,7 @@ std::size_t index(std::int32_t i) { return static_cast<std::size_t>(i); }
 
 // How many groups ahead of the one that is read come back from the host: activations take much
 // memory, and a block's time is enough for them.
-constexpr std::int64_t kActivationsAhead = 1, kWeightsAhead = 2;
+constexpr std::int64_t kActivationsAhead = 1;
 
 // Values in host memory that come back for the backward pass, in reverse order, group by group.
 class Returning {
@@ -76,7 +77,7 @@ class Walker final : public VjpArgs {
         boundary_(index(forward_)),
         accumulators_(index(forward_)),
         offloaded_(graph, graph.offloaded(), kActivationsAhead),
-        streamed_(graph, graph.streamed(), kWeightsAhead) {
+        streamed_(graph, graph.streamed(), kStreamedAhead) {
     find_boundary();
   }
 

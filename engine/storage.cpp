@@ -10,7 +10,6 @@ namespace {
 constexpr std::array<std::string_view, 4> kRungNames = {"store", "cheap", "attention", "block"};
 
 constexpr std::string_view kOffload = ",offload:", kStream = ",stream:", kLoss = ",loss:";
-constexpr std::int64_t kLossTile = 512;  // rows; chunks are multiples of it
 constexpr std::array<std::string_view, 3> kOffloadNames = {"inputs", "attention", "gate"};
 
 std::string_view rung_name(Rung rung) { return kRungNames[static_cast<std::size_t>(rung)]; }

@@ -20,6 +20,11 @@ enum class Offload : std::uint8_t {
   gate,       // the gate's outputs, of the MLP
 };
 
+// How many streamed blocks ahead of the one in use are on their way, forward and backward.
+inline constexpr std::int64_t kStreamedAhead = 2;
+// Rows of which the loss's sums are formed: its chunks are multiples.
+inline constexpr std::int64_t kLossTile = 512;
+
 struct StoragePolicy {
   Rung rung = Rung::store;
   Rung lean = Rung::store;  // of the first `split` blocks

@@ -115,16 +115,15 @@ class Llama::Streamer {
   Streamer(const Llama& model, Graph& graph, const StoragePolicy& storage)
       : model_(model), graph_(graph), storage_(storage) {}
 
-  // Called before each block: what it reads is on its way, and the next kAhead streamed blocks.
+  // Called before each block: what it reads is on its way, and so are the streamed blocks to come.
   void before(std::int64_t block) {
     if (streams(block)) ++needed_;
-    for (; next_ < model_.config_.layers && started_ < needed_ + kAhead; ++next_) {
+    for (; next_ < model_.config_.layers && started_ < needed_ + kStreamedAhead; ++next_) {
       if (streams(next_)) start(next_);
     }
   }
 
  private:
-  static constexpr std::int64_t kAhead = 2;
   bool streams(std::int64_t block) const { return storage_.streams(block, model_.config_.layers); }
   void start(std::int64_t block) {
     for (const std::string& linear : llama_linears()) {

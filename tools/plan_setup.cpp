@@ -15,11 +15,11 @@ namespace nibble {
 namespace {
 
 constexpr int kMostSplits = 6;  // depths to try
-constexpr std::int64_t kFewLossRows = 512;
 constexpr std::int64_t kMargin = 4 << 20;
 constexpr std::int64_t kPagedArrays = 3;  // masters and two moments, each rounded up
 // What more traffic has to save to be worth it.
 constexpr double kWorthwhile = 0.98;
+constexpr std::int64_t kStreamedInArena = kStreamedAhead + 1;  // blocks, the one in use among them
 
 // How a step runs: what its blocks keep, and how many of the optimizer's elements are on the host.
 struct Policy {
@@ -185,7 +185,7 @@ class Chooser {
     // Where logits are what takes most, fewer of them leave room for the blocks.
     from.storage.offload = best.storage.offload;
     from.storage.offload_split = best.storage.offload_split;
-    from.storage.loss_rows = kFewLossRows;
+    from.storage.loss_rows = kLossTile;
     consider(from, best_leaving);
     excess_ = best_excess;
     return best;
@@ -221,10 +221,11 @@ class Chooser {
       plan(policy);
     }
   }
-  // What streaming can take off the device: two blocks come while one is used.
+  // What streaming can take off the device.
   std::int64_t streamable() const {
     const std::int64_t layers = s_.loaded->config().layers;
-    return std::max<std::int64_t>(0, layers - 3) * (s_.loaded->streamable_bytes() / layers);
+    return std::max<std::int64_t>(0, layers - kStreamedInArena) *
+           (s_.loaded->streamable_bytes() / layers);
   }
   // Streams as many blocks as are still too many.
   void stream(Policy& policy) {
@@ -232,7 +233,7 @@ class Chooser {
     const std::int64_t each = s_.loaded->streamable_bytes() / layers;
     if (each == 0) return;
     for (int tries = 0; tries < 3 && excess_ > 0 && policy.storage.streamed < layers; ++tries) {
-      const std::int64_t in_arena = policy.storage.streamed == 0 ? 3 : 0;
+      const std::int64_t in_arena = policy.storage.streamed == 0 ? kStreamedInArena : 0;
       const std::int64_t more = (excess_ + each - 1) / each + in_arena;
       policy.storage.streamed = std::min(policy.storage.streamed + more, layers);
       plan(policy);
