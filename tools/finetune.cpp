@@ -494,17 +494,17 @@ int refuse(const FinetuneSetup& s, const Recipe& asked, std::ostream& log) {
   const FitReport& fit = s.fit;
   if (fit.pinned_budget_bytes > 0 && fit.pinned_bytes() > fit.pinned_budget_bytes) {
     log << "nibble: the run page-locks " << size_text(fit.pinned_bytes())
-        << " of host memory, --host-memory allows " << size_text(fit.pinned_budget_bytes) << "\n";
-    return 1;
+        << " of host memory, --host-memory allows " << size_text(fit.pinned_budget_bytes);
+  } else {
+    const bool chosen = asked.storage == "auto";
+    const std::string source = s.replanned             ? "there are now"
+                               : !asked.memory.empty() ? "--memory allows"
+                               : !asked.card.empty()   ? "--card " + asked.card + " has"
+                                                       : "this machine has";
+    log << "nibble: the run needs " << (chosen ? "at least " : "")
+        << size_text(fit.total_bytes() + fit.context_bytes) << ", " << source << " "
+        << size_text(fit.budget_bytes);
   }
-  const bool chosen = asked.storage == "auto";
-  const std::string source = s.replanned             ? "there are now"
-                             : !asked.memory.empty() ? "--memory allows"
-                             : !asked.card.empty()   ? "--card " + asked.card + " has"
-                                                     : "this machine has";
-  log << "nibble: the run needs " << (chosen ? "at least " : "")
-      << size_text(fit.total_bytes() + fit.context_bytes) << ", " << source << " "
-      << size_text(fit.budget_bytes);
   const std::vector<Alternative> instead = alternatives(asked, s.recipe, s.plans_only);
   log << (instead.empty() ? "; no --micro-batch, --rank or --seq makes it fit\n"
                           : "; this fits:\n");
