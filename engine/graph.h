@@ -12,7 +12,6 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
-#include <map>
 #include <span>
 #include <string>
 #include <string_view>
@@ -20,6 +19,7 @@
 #include <vector>
 
 #include "engine/dtype.h"
+#include "engine/names.h"
 
 namespace nibble {
 
@@ -187,7 +187,7 @@ class Graph {
   std::vector<Segment> segments_;
   std::vector<std::string> names_;
   // Node ids of leaves by name; a streamed weight's is that of its value.
-  std::map<std::string, std::int32_t, std::less<>> leaves_, streamed_values_;
+  NameMap<std::int32_t> leaves_, streamed_values_;
   std::vector<Ref> kept_;
   std::vector<OnHost> offloaded_, streamed_;
   std::int32_t open_segment_ = -1;

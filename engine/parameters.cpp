@@ -7,7 +7,9 @@ namespace nibble {
 
 void ParameterTable::add(std::string name, std::int64_t rows, std::int64_t cols, float lr_scale,
                          float weight_decay) {
-  if (find(name) != nullptr) throw Error("parameter \"" + name + "\" is there twice");
+  if (!numbers_.emplace(name, segments_.size()).second) {
+    throw Error("parameter \"" + name + "\" is there twice");
+  }
   segments_.push_back({std::move(name), elements_, rows, cols, lr_scale, weight_decay});
   elements_ += round_up(rows * cols, kParameterBlock);
 }
@@ -19,10 +21,8 @@ void ParameterTable::set_weight_decay(float decay) {
 }
 
 const ParameterSegment* ParameterTable::find(std::string_view name) const {
-  for (const ParameterSegment& s : segments_) {
-    if (s.name == name) return &s;
-  }
-  return nullptr;
+  const auto found = numbers_.find(name);
+  return found == numbers_.end() ? nullptr : &segments_[found->second];
 }
 
 const ParameterSegment& ParameterTable::at(std::string_view name) const {

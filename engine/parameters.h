@@ -10,6 +10,8 @@
 #include <string_view>
 #include <vector>
 
+#include "engine/names.h"
+
 namespace nibble {
 
 inline constexpr std::int64_t kParameterBlock = 4096;  // elements
@@ -42,6 +44,7 @@ class ParameterTable {
 
  private:
   std::vector<ParameterSegment> segments_;
+  NameMap<std::size_t> numbers_;  // of the segments
   std::int64_t elements_ = 0;
 };
 

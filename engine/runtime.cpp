@@ -25,7 +25,7 @@ int Runtime::add(std::unique_ptr<Graph> graph) {
 }
 
 void Runtime::bind(std::string_view name, std::byte* address) {
-  bound_[std::string(name)] = address;
+  bound_.insert_or_assign(std::string(name), address);
 }
 
 std::int64_t Runtime::unbound_bytes(NodeKind kind) const {

@@ -91,7 +91,7 @@ class Runtime {
   Layout layout_;
   std::vector<Program> programs_;
   std::map<std::string, Leaf, std::less<>> leaves_;
-  std::map<std::string, std::byte*, std::less<>> bound_;
+  NameMap<std::byte*> bound_;
   std::unique_ptr<Buffer> arena_, inputs_, states_, pages_;
 };
 
