@@ -18,7 +18,9 @@
 namespace nibble {
 namespace {
 
-constexpr std::int64_t kAnswerTokens = 64;  // of the answers shown before and after
+constexpr std::size_t kSamples = 2;           // rows shown where the user names none
+constexpr std::int64_t kSampleTokens = 2048;  // of the longest of them: a cache costs memory
+constexpr std::int64_t kAnswerTokens = 64;    // of the answers shown before and after
 // Tokens that amortize decoding the weights: on a GPU a whole matrix is decoded for each product.
 constexpr std::int64_t kAutoMicroRows = 1024, kAutoMicroRowsCuda = 8192;
 constexpr std::int64_t kMaxAutoSequence = 4096;
@@ -108,7 +110,11 @@ void split_data(FinetuneSetup& s, std::ostream& log) {
     s.samples = std::move(samples.rows);
   } else {
     const std::vector<Row>& from = s.held_out.empty() ? s.train : s.held_out;
-    s.samples.assign(from.begin(), from.begin() + std::min<std::ptrdiff_t>(2, std::ssize(from)));
+    for (const Row& row : from) {
+      if (s.samples.size() < kSamples && std::ssize(row.ids) <= kSampleTokens) {
+        s.samples.push_back(row);
+      }
+    }
   }
   log << "split      " << count_text(std::ssize(s.train)) << " rows to train, "
       << count_text(std::ssize(s.held_out)) << " held out\n";
