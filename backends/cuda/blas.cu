@@ -12,6 +12,8 @@ void check_blas(cublasStatus_t status, const char* what) {
                     static_cast<int>(status));
 }
 
+constexpr std::int64_t kTokenTile = 512, kManyRows = 4096;
+
 cudaDataType_t data_type(DType dtype) { return dtype == DType::BF16 ? CUDA_R_16BF : CUDA_R_32F; }
 
 }  // namespace
@@ -37,8 +39,7 @@ Blas::~Blas() {
   cublasLtDestroy(handle_);
 }
 
-Blas::Prepared& Blas::prepare(const Product& p) {
-  if (const auto found = prepared_.find(p); found != prepared_.end()) return *found->second;
+std::unique_ptr<Blas::Prepared> Blas::describe(const Product& p) {
   auto made = std::make_unique<Prepared>();
   check_blas(cublasLtMatmulDescCreate(&made->product, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cuBLASLt");
   const cublasOperation_t w_operation = p.w_is_n_by_k ? CUBLAS_OP_T : CUBLAS_OP_N;
@@ -55,6 +56,11 @@ Blas::Prepared& Blas::prepare(const Product& p) {
              "cuBLASLt");
   check_blas(cublasLtMatrixLayoutCreate(&made->y, data_type(p.y_dtype), n, m, p.y_stride),
              "cuBLASLt");
+  return made;
+}
+
+// The algorithm of the library's choice for p; false when it has none.
+bool Blas::choose(const Prepared& p, cublasLtMatmulAlgo_t& algorithm) {
   cublasLtMatmulPreference_t preference = nullptr;
   check_blas(cublasLtMatmulPreferenceCreate(&preference), "cuBLASLt");
   const std::uint64_t workspace = kBlasWorkspace;
@@ -70,11 +76,31 @@ Blas::Prepared& Blas::prepare(const Product& p) {
   }
   cublasLtMatmulHeuristicResult_t best{};
   int count = 0;
-  const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
-      handle_, made->product, made->w, made->x, made->y, made->y, preference, 1, &best, &count);
+  const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle_, p.product, p.w, p.x, p.y,
+                                                               p.y, preference, 1, &best, &count);
   cublasLtMatmulPreferenceDestroy(preference);
-  made->found = status == CUBLAS_STATUS_SUCCESS && count > 0;
-  made->algorithm = best.algo;
+  algorithm = best.algo;
+  return status == CUBLAS_STATUS_SUCCESS && count > 0;
+}
+
+// What is chosen for kManyRows serves all products of as many rows as a sum over tokens takes, so
+// that a row has the same bits among any number of them.
+Blas::Prepared& Blas::prepare(const Product& p) {
+  if (const auto found = prepared_.find(p); found != prepared_.end()) return *found->second;
+  std::unique_ptr<Prepared> made = describe(p);
+  if (p.m >= kTokenTile && p.m != kManyRows) {
+    Product like = p;
+    like.m = kManyRows;
+    const Prepared& many = prepare(like);
+    cublasLtMatmulHeuristicResult_t result{};
+    made->found =
+        many.found &&
+        cublasLtMatmulAlgoCheck(handle_, made->product, made->w, made->x, made->y, made->y,
+                                &many.algorithm, &result) == CUBLAS_STATUS_SUCCESS &&
+        result.workspaceSize <= kBlasWorkspace;
+    made->algorithm = many.algorithm;
+  }
+  if (!made->found) made->found = choose(*made, made->algorithm);
   return *(prepared_[p] = made.release());
 }
 
