@@ -21,6 +21,10 @@ constexpr AttentionShare kForward{0.95, 1200}, kBackward{0.76, 1000};
 double product_rate(const OpCall& call, const DeviceRates& rates, double span) {
   if (call.node->op == OpId::attention) return kForward.at(span) * rates.flops;
   if (call.node->op == OpId::attention_backward) return kBackward.at(span) * rates.flops;
+  if (call.node->op == OpId::linear_dw) return rates.weight_gradients * rates.flops;
+  if (call.node->op == OpId::linear_cross_entropy_dw) {  // half of it forms the logits
+    return 2 / (1 + 1 / rates.weight_gradients) * rates.flops;
+  }
   return rates.flops;
 }
 
