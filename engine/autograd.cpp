@@ -127,6 +127,19 @@ class Walker final : public VjpArgs {
     }
   }
 
+  void add_rows(int i, Tensor gradient, std::int64_t first) override {
+    if (!wants(i)) return;
+    const Ref target = node_.inputs[index(i)];
+    const TensorType& type = graph_.type(target);
+    if (is_parameter(i)) {
+      const Tensor zeros = fill(graph_, {gradient.dtype(), type.shape, {}}, 0);
+      return add(i, nibble::add_rows(zeros, gradient, first));
+    }
+    Tensor& sum = grads_[index(target.node)][index(target.output)];
+    if (!sum) sum = fill(graph_, {gradient.dtype(), type.shape, {}}, 0);
+    sum = nibble::add_rows(sum, gradient, first);
+  }
+
   Tensor accumulator(int i) override {
     Accumulator& a = accumulators_[index(node_.inputs[index(i)].node)];
     if (!a.leaf) {

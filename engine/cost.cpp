@@ -39,17 +39,25 @@ double flops(const OpCall& call, double average_span) {
   }
 }
 
+// Of an input, as far as it is read.
+double bytes_read(const OpCall& call, int i) {
+  const OpId op = call.node->op;
+  const bool some_rows = (op == OpId::embedding && i == 1) || op == OpId::slice_rows;
+  return static_cast<double>(bytes(some_rows ? call.out_types[0] : in(call, i)));
+}
+
 }  // namespace
 
 OpCost op_cost(const OpCall& call, double average_span) {
   OpCost cost;
   cost.flops = flops(call, average_span);
+  if (call.node->op == OpId::add_rows) {  // in place
+    cost.bytes = 3 * bytes_read(call, 1);
+    return cost;
+  }
   for (int i = 0; i < call.n_inputs; ++i) {
-    // Rows picked by number: the table is read as far as it is used.
-    const bool table = call.node->op == OpId::embedding && i == 1;
     const bool written = (op_def(call.node->op).also_writes >> i & 1) != 0;
-    cost.bytes +=
-        (written ? 2 : 1) * static_cast<double>(bytes(table ? call.out_types[0] : in(call, i)));
+    cost.bytes += (written ? 2 : 1) * bytes_read(call, i);
   }
   for (int i = 0; i < call.n_outputs; ++i) {
     cost.bytes += static_cast<double>(bytes(call.out_types[static_cast<std::size_t>(i)]));

@@ -35,6 +35,8 @@ class VjpArgs {
   virtual bool wants(int i) const = 0;  // input i needs a gradient
   virtual bool is_parameter(int i) const = 0;
   virtual void add(int i, Tensor gradient) = 0;  // contributes to the gradient of input i
+  // The same for an op that reads rows [first, first + rows of gradient) of input i alone.
+  virtual void add_rows(int i, Tensor gradient, std::int64_t first) = 0;
   // Parameters: ops that sum over tokens add into the accumulator in place.
   virtual Tensor accumulator(int i) = 0;
   virtual void accumulated(int i, Tensor accumulator) = 0;

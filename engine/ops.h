@@ -121,6 +121,16 @@ Tensor swiglu(Tensor gate, Tensor up);
 Tensor swiglu_backward(Tensor gate, Tensor up, Tensor dy);
 // y = a + b, same shape and dtype.
 Tensor add(Tensor a, Tensor b);
+
+// Some rows of a whole.
+struct RowsParams {
+  std::int64_t first, count;
+};
+// y = x[first .. first + count), for x [T, C] or [T] of the compute dtype, stat or I32: a copy.
+Tensor slice_rows(Tensor x, std::int64_t first, std::int64_t count);
+// y = a, but for rows [first, first + R), to which b is added; a [T, C], b [R, C] of its dtype.
+Tensor add_rows(Tensor a, Tensor b, std::int64_t first);
+
 // y = x * factor[0]; factor: stat [1], a constant for the gradient.
 Tensor scale(Tensor x, Tensor factor);
 

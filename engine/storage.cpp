@@ -9,8 +9,13 @@ namespace {
 
 constexpr std::array<std::string_view, 4> kRungNames = {"store", "cheap", "attention", "block"};
 
-constexpr std::string_view kOffload = ",offload:", kStream = ",stream:", kLoss = ",loss:";
-constexpr std::array<std::string_view, 3> kOffloadNames = {"inputs", "attention", "gate"};
+constexpr std::string_view kOffload = ",offload:", kStream = ",stream:", kMlp = ",mlp:",
+                           kLoss = ",loss:";
+constexpr std::array<std::pair<Offload, std::string_view>, 4> kOffloads = {
+    {{Offload::inputs, "inputs"},
+     {Offload::attention, "attention"},
+     {Offload::inputs_gate, "inputs+gate"},
+     {Offload::gate, "gate"}}};
 
 std::string_view rung_name(Rung rung) { return kRungNames[static_cast<std::size_t>(rung)]; }
 
@@ -41,26 +46,45 @@ std::optional<std::string_view> take_suffix(std::string_view& text, std::string_
 
 }  // namespace
 
+Offload one_less(Offload offload) {
+  switch (offload) {
+    case Offload::gate:
+      return Offload::attention;
+    case Offload::attention:
+    case Offload::inputs_gate:
+      return Offload::inputs;
+    case Offload::inputs:
+    case Offload::none:
+      break;
+  }
+  return Offload::none;
+}
+
 std::string StoragePolicy::str() const {
   std::string text;
   if (split > 0) text = std::string(rung_name(lean)) + ":" + std::to_string(split) + "+";
   text += rung_name(rung);
   if (offload != Offload::none) {
     text += kOffload;
-    text += kOffloadNames[static_cast<std::size_t>(offload) - 1];
+    text += std::find_if(kOffloads.begin(), kOffloads.end(), [&](const auto& o) {
+              return o.first == offload;
+            })->second;
     if (offload_split > 0) text += ":" + std::to_string(offload_split);
   }
   if (streamed > 0) text += std::string(kStream) + std::to_string(streamed);
+  if (mlp_rows > 0) text += std::string(kMlp) + std::to_string(mlp_rows);
   if (loss_rows > 0) text += std::string(kLoss) + std::to_string(loss_rows);
   return text;
 }
 
 std::optional<StoragePolicy> StoragePolicy::parse(std::string_view text) {
   StoragePolicy policy;
-  if (const auto count = take_suffix(text, kLoss)) {
+  for (const auto& [key, most] : {std::pair{kLoss, &policy.loss_rows}, {kMlp, &policy.mlp_rows}}) {
+    const auto count = take_suffix(text, key);
+    if (!count) continue;
     const auto rows = parse_count(*count);
-    if (!rows || *rows % kLossTile != 0) return {};
-    policy.loss_rows = *rows;
+    if (!rows || *rows % kRowTile != 0) return {};
+    *most = *rows;
   }
   if (const auto count = take_suffix(text, kStream)) {
     const auto streamed = parse_count(*count);
@@ -73,9 +97,10 @@ std::optional<StoragePolicy> StoragePolicy::parse(std::string_view text) {
       if (!count) return {};
       policy.offload_split = *count;
     }
-    const auto found = std::find(kOffloadNames.begin(), kOffloadNames.end(), *name);
-    if (found == kOffloadNames.end()) return {};
-    policy.offload = static_cast<Offload>(found - kOffloadNames.begin() + 1);
+    const auto found = std::find_if(kOffloads.begin(), kOffloads.end(),
+                                    [&](const auto& o) { return o.second == *name; });
+    if (found == kOffloads.end()) return {};
+    policy.offload = found->first;
   }
   if (const std::size_t plus = text.find('+'); plus != std::string_view::npos) {
     const std::string_view first = text.substr(0, plus);

@@ -12,40 +12,52 @@
 
 namespace nibble {
 
-// What waits in host memory for the backward pass, each with those before it.
-enum class Offload : std::uint8_t {
-  none,
-  inputs,     // of blocks
-  attention,  // its outputs, so that it need not be repeated
-  gate,       // the gate's outputs, of the MLP
+// What may wait in host memory for the backward pass.
+enum class Activation : std::uint8_t {
+  input = 1,      // of a block
+  attention = 2,  // its outputs, so that it need not be repeated
+  gate = 4,       // the gate's outputs, of the MLP
 };
+// Which of them do, as a set. Gates spare most work by the byte; attention's outputs are smaller.
+enum class Offload : std::uint8_t {
+  none = 0,
+  inputs = 1,
+  attention = 3,
+  inputs_gate = 5,
+  gate = 7
+};
+// Without what was added last: a gate, or else attention's outputs, or else the inputs.
+Offload one_less(Offload offload);
 
 // How many streamed blocks ahead of the one in use are on their way, forward and backward.
 inline constexpr std::int64_t kStreamedAhead = 2;
-// Rows of which the loss's sums are formed: its chunks are multiples.
-inline constexpr std::int64_t kLossTile = 512;
+// Rows of which sums over tokens are formed: what works on some rows at a time takes multiples.
+inline constexpr std::int64_t kRowTile = 512;
 
 struct StoragePolicy {
   Rung rung = Rung::store;
   Rung lean = Rung::store;  // of the first `split` blocks
   std::int64_t split = 0;
   Offload offload = Offload::none;
-  std::int64_t offload_split = 0;  // not 0: of the first so many blocks, the rest one level less
+  std::int64_t offload_split = 0;  // not 0: of the first so many blocks, the rest one_less()
   std::int64_t streamed = 0;       // blocks whose weights come from the host for each use
+  std::int64_t mlp_rows = 0;       // the most that an MLP works on at a time; 0: all
   std::int64_t loss_rows = 0;      // the most whose logits exist at a time; 0: what is fastest
 
   Rung of(std::int64_t block) const { return block < split ? lean : rung; }
-  Offload offload_of(std::int64_t block) const {
-    if (offload_split == 0 || block < offload_split) return offload;
-    return static_cast<Offload>(static_cast<int>(offload) - 1);
+  bool offloads(std::int64_t block, Activation what) const {
+    const bool all = offload_split == 0 || block < offload_split;
+    const auto set = static_cast<unsigned>(all ? offload : one_less(offload));
+    return (set & static_cast<unsigned>(what)) != 0;
   }
   // The streamed blocks are spread evenly over all, and the copies over the step.
   bool streams(std::int64_t block, std::int64_t blocks) const {
     return (block + 1) * streamed / blocks > block * streamed / blocks;
   }
   // "store", or "cheap:12+store": the first 12 blocks stand on cheap, the rest on store; then
-  // ",offload:inputs", ":attention" or ":gate", perhaps with ":12", then ",stream:12", then
-  // ",loss:512" may follow.
+  // ",offload:inputs", ":attention", ":inputs+gate" or ":gate" (all three), perhaps with ":12",
+  // then
+  // ",stream:12", then ",mlp:8192", then ",loss:512" may follow.
   std::string str() const;
   // None if the text is not what str() writes.
   static std::optional<StoragePolicy> parse(std::string_view text);

@@ -103,9 +103,9 @@ Tensor Llama::weight(Graph& graph, const std::string& name) const {
   return graph.weight(name, found->second);
 }
 
-void Llama::offload(Graph& graph, Tensor x, Offload what, const char* name, std::int64_t block,
-                    const LossInputs* inputs) {
-  if (inputs == nullptr || !inputs->training || inputs->storage.offload_of(block) < what) return;
+void Llama::offload(Graph& graph, Tensor x, Activation what, const std::string& name,
+                    std::int64_t block, const LossInputs* inputs) {
+  if (inputs == nullptr || !inputs->training || !inputs->storage.offloads(block, what)) return;
   graph.offload(x, block_name(block, name), block);
 }
 
@@ -171,6 +171,37 @@ Tensor Llama::linear_layer(Graph& graph, Tensor x, std::int64_t block, int linea
   return lora_linear(x, w, a, b, static_cast<float>(lora_->scale()), dropout);
 }
 
+// What the feed-forward layer adds to x.
+Tensor Llama::mlp(Graph& graph, Tensor x, std::int64_t block, const LossInputs* inputs,
+                  const std::string& gate_name) const {
+  const Tensor n = rms_norm(x, weight(graph, block_name(block, "ffn_norm.weight")),
+                            static_cast<float>(config_.rms_eps));
+  const Tensor gate = linear_layer(graph, n, block, 4, inputs);
+  offload(graph, gate, Activation::gate, gate_name, block, inputs);
+  const Tensor up = linear_layer(graph, n, block, 5, inputs);
+  return linear_layer(graph, swiglu(gate, up), block, 6, inputs);
+}
+
+// x and what the layer adds, for some rows at a time, so that its wide values are never there for
+// all. The last rows come first: the backward pass then meets the first rows first, and sums over
+// tokens in the order in which it always does.
+Tensor Llama::mlp_by_rows(Graph& graph, Tensor x, std::int64_t block,
+                          const LossInputs& inputs) const {
+  const std::int64_t rows = x.shape()[0], most = inputs.storage.mlp_rows;
+  std::vector<std::pair<std::int64_t, Tensor>> parts;
+  std::int64_t end = rows, begin = (rows - 1) / most * most;
+  if (rows - begin < kRowTile) begin -= most;  // too few rows for kernels of many
+  for (std::int64_t first = begin; first >= 0; end = first, first -= most) {
+    const std::int64_t count = end - first;
+    LossInputs part = inputs;
+    if (lora_ && lora_->dropout > 0) part.ordinal = slice_rows(inputs.ordinal, first, count);
+    parts.emplace_back(first, mlp(graph, slice_rows(x, first, count), block, &part,
+                                  "gate." + std::to_string(first)));
+  }
+  for (const auto& [first, y] : parts) x = add_rows(x, y, first);
+  return x;
+}
+
 // One block around `attend(q, k, v)`, which is where training and decoding differ.
 template <class Attend>
 Tensor Llama::decoder_block(Graph& graph, Tensor x, Tensor positions, std::int64_t block,
@@ -192,11 +223,11 @@ Tensor Llama::decoder_block(Graph& graph, Tensor x, Tensor positions, std::int64
   const Tensor turned_q = rotate(q);
   const Tensor turned_k = rotate(k);
   x = add(x, layer(attend(turned_q, turned_k, v), 3));
-  n = rms_norm(x, weight(graph, block_name(block, "ffn_norm.weight")), eps);
-  const Tensor gate = layer(n, 4);
-  offload(graph, gate, Offload::gate, "gate", block, inputs);
-  const Tensor up = layer(n, 5);
-  return add(x, layer(swiglu(gate, up), 6));
+  if (inputs != nullptr && inputs->storage.mlp_rows > 0 &&
+      x.shape()[0] > inputs->storage.mlp_rows) {
+    return mlp_by_rows(graph, x, block, *inputs);
+  }
+  return add(x, mlp(graph, x, block, inputs, "gate"));
 }
 
 Tensor Llama::build_loss(Graph& graph, const LossInputs& inputs) const {
@@ -207,15 +238,15 @@ Tensor Llama::build_loss(Graph& graph, const LossInputs& inputs) const {
   Streamer streamer(*this, graph, inputs.storage);
   for (std::int64_t block = 0; block < config_.layers; ++block) {
     streamer.before(block);
-    offload(graph, x, Offload::inputs, "input", block, &inputs);
+    offload(graph, x, Activation::input, "input", block, &inputs);
     graph.begin_segment(inputs.storage.of(block));
     x = decoder_block(graph, x, inputs.positions, block, &inputs,
                       [&](Tensor q, Tensor k, Tensor v) {
                         const Tensor o = attention(q, k, v, inputs.span_begin, {head_dim, scale});
                         // The large one last: it has until the next copy to leave.
-                        offload(graph, graph.output_of(o, 1), Offload::attention, "attention_lse",
-                                block, &inputs);
-                        offload(graph, o, Offload::attention, "attention", block, &inputs);
+                        offload(graph, graph.output_of(o, 1), Activation::attention,
+                                "attention_lse", block, &inputs);
+                        offload(graph, o, Activation::attention, "attention", block, &inputs);
                         return o;
                       });
     graph.end_segment();

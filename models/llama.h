@@ -55,8 +55,11 @@ class Llama final : public Model {
                       const LossInputs* inputs) const;
   Tensor rope_frequency_weight(Graph& graph) const;
   // Lets x of a block wait on the host, where the policy has it so.
-  static void offload(Graph& graph, Tensor x, Offload what, const char* name, std::int64_t block,
-                      const LossInputs* inputs);
+  static void offload(Graph& graph, Tensor x, Activation what, const std::string& name,
+                      std::int64_t block, const LossInputs* inputs);
+  Tensor mlp(Graph& graph, Tensor x, std::int64_t block, const LossInputs* inputs,
+             const std::string& gate_name) const;
+  Tensor mlp_by_rows(Graph& graph, Tensor x, std::int64_t block, const LossInputs& inputs) const;
   template <class Attend>
   Tensor decoder_block(Graph& graph, Tensor x, Tensor positions, std::int64_t block,
                        const LossInputs* inputs, Attend attend) const;

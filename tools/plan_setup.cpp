@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <map>
 #include <optional>
 #include <ostream>
 
@@ -18,7 +19,10 @@ constexpr int kMostSplits = 6;  // depths to try
 constexpr std::int64_t kMargin = 4 << 20;
 constexpr std::int64_t kPagedArrays = 3;  // masters and two moments, each rounded up
 // What more traffic has to save to be worth it.
-constexpr double kWorthwhile = 0.98;
+constexpr double kWorthwhile = 0.99;
+// Parts of the rows that an MLP works on in turn, where it does; it may from so many rows on, and
+// where nothing fits without.
+constexpr std::int64_t kMlpParts = 8, kLongRows = 16384;
 constexpr std::int64_t kStreamedInArena = kStreamedAhead + 1;  // blocks, the one in use among them
 
 // How a step runs: what its blocks keep, and how many of the optimizer's elements are on the host.
@@ -152,6 +156,7 @@ class Chooser {
   // activations, the optimizer's arrays, which cross the bus once a step, and weights, which do so
   // in every pass; the blocks then keep as much as there is room for.
   Policy fastest() {
+    known_.clear();
     Policy best;
     plan(best);
     if (excess_ <= 0) return best;
@@ -163,7 +168,7 @@ class Chooser {
     Leaving best_leaving = Leaving::none;
     const auto consider = [&](Policy policy, Leaving leaving) {
       search(policy, leaving);
-      for (int tries = 0; tries < 2 && offload_less(policy); ++tries) search(policy, leaving);
+      for (int tries = 0; tries < 3 && offload_less(policy); ++tries) search(policy, leaving);
       const double needed = seconds();
       const bool better = best_excess > 0 ? excess_ < best_excess
                                           : excess_ <= 0 && needed < kWorthwhile * best_seconds;
@@ -175,17 +180,31 @@ class Chooser {
     };
     Policy from;
     from.embedding_on_host = best.embedding_on_host;
-    for (const Offload offload :
-         {Offload::none, Offload::inputs, Offload::attention, Offload::gate}) {
-      from.storage.offload = offload;
-      for (const Leaving leaving : {Leaving::none, Leaving::optimizer, Leaving::weights}) {
-        consider(from, leaving);
+    const auto consider_all = [&](std::initializer_list<Leaving> what) {
+      from.storage.offload_split = 0;
+      for (const Offload offload : {Offload::none, Offload::inputs, Offload::attention,
+                                    Offload::inputs_gate, Offload::gate}) {
+        from.storage.offload = offload;
+        for (const Leaving leaving : what) consider(from, leaving);
       }
+    };
+    consider_all({Leaving::none, Leaving::optimizer, Leaving::weights});
+    // Where wide values of many rows are what takes most, fewer rows at a time leave room for the
+    // blocks; the weights are then decoded as often as there are parts.
+    const std::int64_t rows = s_.buckets.back();
+    from.storage.mlp_rows = round_up((rows + kMlpParts - 1) / kMlpParts, kRowTile);
+    if (best_excess > 0 && from.storage.mlp_rows < rows) {
+      consider_all({Leaving::weights});
+    } else if (rows >= kLongRows) {
+      from.storage.offload = best.storage.offload;
+      from.storage.offload_split = best.storage.offload_split;
+      consider(from, best_leaving);
     }
-    // Where logits are what takes most, fewer of them leave room for the blocks.
+    // The same for logits.
     from.storage.offload = best.storage.offload;
     from.storage.offload_split = best.storage.offload_split;
-    from.storage.loss_rows = kLossTile;
+    from.storage.mlp_rows = best.storage.mlp_rows;
+    from.storage.loss_rows = kRowTile;
     consider(from, best_leaving);
     excess_ = best_excess;
     return best;
@@ -201,13 +220,11 @@ class Chooser {
     plan_policy(s_, policy, sample_context_, Plans::draft);
     excess_ = excess(s_) + margin_;
   }
+  std::int64_t host_room() const { return s_.fit.pinned_budget_bytes - s_.fit.pinned_bytes(); }
   std::int64_t pageable() const {
     if (s_.without_adapter) return 0;
-    const std::int64_t host_room =
-        s_.fit.pinned_budget_bytes - s_.fit.pinned_bytes() + s_.trainer->paged_bytes();
-    return std::clamp<std::int64_t>(host_room, 0,
-                                    s_.trainer->parameters().elements() / kParameterBlock *
-                                        s_.trainer->pageable_bytes_per_block());
+    return s_.trainer->parameters().elements() / kParameterBlock *
+           s_.trainer->pageable_bytes_per_block();
   }
   // Pages what the plan just made is too large by. The pages take room in the arena as well, so
   // that what was saved is looked at again.
@@ -215,22 +232,26 @@ class Chooser {
     const std::int64_t each = s_.trainer->pageable_bytes_per_block();
     const std::int64_t rounding = kPagedArrays * s_.backend->info().allocation_bytes;
     std::int64_t blocks = policy.paged / kParameterBlock;
-    for (int tries = 0; tries < 3 && excess_ > 0 && blocks * each < pageable(); ++tries) {
-      blocks = std::min(blocks + (excess_ + rounding) / each + 1, pageable() / each);
+    const std::int64_t most =
+        std::clamp<std::int64_t>(host_room() + s_.trainer->paged_bytes(), 0, pageable());
+    for (int tries = 0; tries < 3 && excess_ > 0 && blocks * each < most; ++tries) {
+      blocks = std::min(blocks + (excess_ + rounding) / each + 1, most / each);
       policy.paged = blocks * kParameterBlock;
       plan(policy);
     }
   }
   // What streaming can take off the device.
   std::int64_t streamable() const {
-    const std::int64_t layers = s_.loaded->config().layers;
-    return std::max<std::int64_t>(0, layers - kStreamedInArena) *
-           (s_.loaded->streamable_bytes() / layers);
+    const std::int64_t blocks = s_.loaded->config().layers - kStreamedInArena;
+    return std::max<std::int64_t>(0, blocks) * streamable_of_block();
+  }
+  std::int64_t streamable_of_block() const {
+    return s_.loaded->streamable_bytes() / s_.loaded->config().layers;
   }
   // Streams as many blocks as are still too many.
   void stream(Policy& policy) {
     const std::int64_t layers = s_.loaded->config().layers;
-    const std::int64_t each = s_.loaded->streamable_bytes() / layers;
+    const std::int64_t each = streamable_of_block();
     if (each == 0) return;
     for (int tries = 0; tries < 3 && excess_ > 0 && policy.storage.streamed < layers; ++tries) {
       const std::int64_t in_arena = policy.storage.streamed == 0 ? kStreamedInArena : 0;
@@ -248,9 +269,7 @@ class Chooser {
   // Gives `policy` the fastest rungs that fit when what may leave does, and lets so much leave.
   void search(Policy& policy, Leaving leaving) {
     policy.storage.streamed = policy.paged = 0;
-    std::int64_t room = leaving == Leaving::none ? 0 : pageable();
-    if (leaving == Leaving::weights) room += streamable();
-    choose_rungs(policy, room);
+    choose_rungs(policy, leaving);
     if (leaving == Leaving::none) return;
     page(policy);
     stream(policy);
@@ -258,11 +277,12 @@ class Chooser {
   // Where the host has no room for what every block may send, fewer blocks send it.
   bool offload_less(Policy& policy) {
     StoragePolicy& storage = policy.storage;
-    const auto level = static_cast<std::size_t>(storage.offload);
-    if (storage.offload_split == 0) offloaded_bytes_[level] = s_.trainer->runtime().page_bytes();
+    const std::int64_t bytes = s_.trainer->runtime().page_bytes();
+    if (storage.offload_split == 0) offloaded_bytes_[storage.offload] = bytes;
     if (pinned_fits() || storage.offload == Offload::none) return false;
     const std::int64_t layers = s_.loaded->config().layers;
-    const std::int64_t each = (offloaded_bytes_[level] - offloaded_bytes_[level - 1]) / layers;
+    const std::int64_t each =
+        (offloaded_bytes_[storage.offload] - offloaded_bytes_[one_less(storage.offload)]) / layers;
     const std::int64_t over = s_.fit.pinned_bytes() - s_.fit.pinned_budget_bytes;
     const std::int64_t sending = storage.offload_split == 0 ? layers : storage.offload_split;
     if (each <= 0 || over >= each * sending) return false;
@@ -271,50 +291,76 @@ class Chooser {
     plan(policy);
     return true;
   }
-  // The fastest rungs that fit with `room` bytes more than there are: from the fastest to the
-  // leanest, and between the last that does not fit and the first that does as few lean blocks as
-  // possible. Bytes are all but linear in their number, so that a few plans find it.
-  void choose_rungs(Policy& policy, std::int64_t room) {
-    const auto too_many = [&](Rung rung, Rung lean, std::int64_t split) {
+  // How much of what may leave the host has room for.
+  std::int64_t leaving_bytes(Leaving leaving, std::int64_t host_room) const {
+    if (leaving == Leaving::none) return 0;
+    const std::int64_t pages = std::clamp<std::int64_t>(host_room, 0, pageable());
+    if (leaving == Leaving::optimizer) return pages;
+    // And one that is streamed for a part of it.
+    const std::int64_t in_arena = (kStreamedInArena + 1) * streamable_of_block();
+    return pages + std::clamp<std::int64_t>(host_room - pages - in_arena, 0, streamable());
+  }
+  // The fastest rungs that fit when so much leaves: from the fastest to the leanest, and between
+  // the last that does not fit and the first that does as few lean blocks as possible. Bytes are
+  // all but linear in their number, so that a few plans find it.
+  void choose_rungs(Policy& policy, Leaving leaving) {
+    bool planned = false;  // what was looked at last
+    const auto look = [&](Rung rung, Rung lean, std::int64_t split) {
       policy.storage.rung = rung;
       policy.storage.lean = lean;
       policy.storage.split = split;
+      const auto found = known_.find(policy.storage.str());
+      planned = found == known_.end();
+      if (!planned) return found->second;
       plan(policy);
-      return excess_ - room;
+      return known_[policy.storage.str()] = {excess_, host_room()};
     };
-    std::int64_t over = too_many(Rung::store, Rung::store, 0);
-    for (const auto& [fast, lean] : {std::pair{Rung::store, Rung::cheap},
-                                     {Rung::cheap, Rung::attention},
-                                     {Rung::attention, Rung::block}}) {
-      if (over <= 0) break;
+    const Known everything = look(Rung::store, Rung::store, 0);
+    const std::int64_t room = leaving_bytes(leaving, everything.host_room);
+    const auto too_many = [&](Rung rung, Rung lean, std::int64_t split) {
+      return look(rung, lean, split).excess - room;
+    };
+    std::int64_t over = everything.excess - room;
+    // Gates spare more work by the byte than attention's outputs do: who sends them alone has no
+    // memory for those.
+    const bool gates_alone = policy.storage.offload == Offload::inputs_gate;
+    std::vector<Rung> rungs = {Rung::store, Rung::cheap, Rung::attention, Rung::block};
+    if (gates_alone) rungs.erase(rungs.begin() + 2);
+    for (std::size_t i = 0; i + 1 < rungs.size() && over > 0; ++i) {
+      const Rung fast = rungs[i], lean = rungs[i + 1];
       std::int64_t over_lean = too_many(lean, Rung::store, 0);
       if (over_lean > 0) {
         over = over_lean;
         continue;
       }
       const std::int64_t layers = s_.loaded->config().layers;
-      std::int64_t too_few = 0, enough = layers, planned = layers;
+      std::int64_t too_few = 0, enough = layers, split = layers;
       for (int tries = 0; tries < kMostSplits && enough - too_few > 1; ++tries) {
         const double share = static_cast<double>(over) / static_cast<double>(over - over_lean);
         const auto guess = too_few + static_cast<std::int64_t>(
                                          std::ceil(share * static_cast<double>(enough - too_few)));
-        planned = std::clamp(guess, too_few + 1, enough - 1);
-        const std::int64_t now = too_many(fast, lean, planned);
-        (now > 0 ? too_few : enough) = planned;
+        split = std::clamp(guess, too_few + 1, enough - 1);
+        const std::int64_t now = too_many(fast, lean, split);
+        (now > 0 ? too_few : enough) = split;
         (now > 0 ? over : over_lean) = now;
       }
-      if (planned != enough) {
+      if (split != enough) {
         enough < layers ? too_many(fast, lean, enough) : too_many(lean, Rung::store, 0);
       }
       break;
     }
+    if (!planned) plan(policy);
   }
 
   FinetuneSetup& s_;
   std::int64_t sample_context_;
-  std::int64_t excess_ = 0;                        // bytes too many, of the last plan
-  std::int64_t margin_ = 0;                        // what drafts came out too small by
-  std::array<std::int64_t, 4> offloaded_bytes_{};  // by what every block sends
+  std::int64_t excess_ = 0;  // bytes too many, of the last plan
+  std::int64_t margin_ = 0;  // what drafts came out too small by
+  struct Known {
+    std::int64_t excess, host_room;
+  };
+  std::map<std::string, Known> known_;  // by storage policy, with nothing paged or streamed
+  std::map<Offload, std::int64_t> offloaded_bytes_;  // by what every block sends
 };
 
 }  // namespace
@@ -348,7 +394,7 @@ void plan_model(FinetuneSetup& s, std::int64_t sample_context) {
                   "one of these for the first N of the " +
                   std::to_string(s.loaded->config().layers) +
                   " blocks; \",offload:inputs\", \":attention\" or \":gate\" may follow, then "
-                  "\",stream:N\", then \",loss:N\" with a multiple of 512");
+                  "\",stream:N\", then \",mlp:N\" and \",loss:N\" with multiples of 512");
     }
   }
   Chooser(s, sample_context).run(forced);

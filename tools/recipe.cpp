@@ -48,7 +48,8 @@ void add_recipe_flags(CLI::App& command, Recipe& r, bool needs_data) {
       ->capture_default_str();
   command
       .add_option("--sample-prompts", r.sample_prompts,
-                  "rows whose answers are shown before and after; default: two held-out rows")
+                  "rows whose answers are shown before and after; default: two held-out rows of at "
+                  "most 2,048 tokens")
       ->group(what);
   command.add_flag("--truncate", r.truncate, "cut rows longer than --seq instead of refusing them")
       ->group(what);
@@ -85,9 +86,11 @@ void add_recipe_flags(CLI::App& command, Recipe& r, bool needs_data) {
           "--storage", r.storage,
           "store | cheap | attention | block: what the backward pass keeps and what it "
           "recomputes, or LEAN:N+RUNG for the first N blocks and the rest; behind it "
-          "\",offload:inputs\", \":attention\" or \":gate\": what waits in host memory, "
-          "\",stream:N\": blocks whose weights do, \",loss:N\": rows whose logits exist at a "
-          "time; auto: the fastest that fits --memory")
+          "\",offload:inputs\", \":attention\", \":inputs+gate\" or \":gate\": what waits in host "
+          "memory, "
+          "\",stream:N\": blocks whose weights do, \",mlp:N\": rows that an MLP works on at a "
+          "time, \",loss:N\": rows whose logits exist at a time; auto: the fastest that fits "
+          "--memory")
       ->group(where)
       ->capture_default_str();
   auto* resume =

@@ -1,4 +1,5 @@
-// add, scale, fill, accumulate, convert; the formulas are in engine/ops/elementwise.cpp.
+// add, scale, fill, accumulate, convert; the formulas are in engine/ops/elementwise.cpp. add_rows
+// and slice_rows: engine/ops/rows.cpp.
 //
 // Memory bound: each element is read and written once. The arrays are flat, whatever their shape,
 // and every kernel is a body of for_each_run(). A run is 16 bytes where all arrays have one element
@@ -9,9 +10,9 @@
 namespace nibble::cuda {
 namespace {
 
-template <class T>
+template <class T, int kRun = kPackWidth<T>>
 struct Add {
-  static constexpr int kWidth = kPackWidth<T>;
+  static constexpr int kWidth = kRun;
   template <int kWidth>
   struct Loaded {
     Run<T, kWidth> a, b;
@@ -44,6 +45,47 @@ void run_add(const OpCall& call, const Launch& launch) {
     const Add<T> body{call.input<T>(0), call.input<T>(1), call.output<T>(0)};
     for_each_run("add", body, call.out_types[0].elements(), launch);
   });
+}
+
+// Elements before the first of the rows that the op is about.
+std::int64_t rows_begin(const OpCall& call) {
+  const Shape& shape = call.in_types[0].shape;
+  return call.node->get<RowsParams>().first * (shape.rank() == 1 ? 1 : shape[1]);
+}
+
+void copy(const char* what, void* to, const void* from, std::int64_t bytes, const Launch& launch) {
+  if (bytes == 0) return;
+  check(cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), cudaMemcpyDeviceToDevice,
+                        launch.stream),
+        what);
+}
+
+void run_add_rows(const OpCall& call, const Launch& launch) {
+  with_type(call.out_types[0].dtype, [&](auto type) {
+    using T = decltype(type);
+    const T *a = call.input<T>(0), *b = call.input<T>(1);
+    T* y = call.output<T>(0);
+    constexpr std::int64_t kSize = sizeof(T);
+    const std::int64_t begin = rows_begin(call), count = call.in_types[1].elements();
+    const std::int64_t end = begin + count, all = call.out_types[0].elements();
+    if (y != a) {
+      copy("add_rows", y, a, begin * kSize, launch);
+      copy("add_rows", y + end, a + end, (all - end) * kSize, launch);
+    }
+    if (begin % kPackWidth<T> == 0) {
+      for_each_run("add_rows", Add<T>{a + begin, b, y + begin}, count, launch);
+    } else {
+      for_each_run("add_rows", Add<T, 1>{a + begin, b, y + begin}, count, launch);
+    }
+  });
+}
+
+bool supports_slice_rows(const OpCall&) { return true; }
+
+void run_slice_rows(const OpCall& call, const Launch& launch) {
+  const std::int64_t size = info(call.in_types[0].dtype).block_bytes;
+  copy("slice_rows", call.out[0], call.input<std::byte>(0) + rows_begin(call) * size,
+       call.out_types[0].elements() * size, launch);
 }
 
 template <class T>
@@ -220,6 +262,8 @@ void run_convert(const OpCall& call, const Launch& launch) {
 }  // namespace
 
 extern const Kernel add_kernel{supports_add, nullptr, run_add};
+extern const Kernel add_rows_kernel{supports_add, nullptr, run_add_rows};
+extern const Kernel slice_rows_kernel{supports_slice_rows, nullptr, run_slice_rows};
 extern const Kernel scale_kernel{supports_scale, nullptr, run_scale};
 extern const Kernel fill_kernel{supports_fill, nullptr, run_fill};
 extern const Kernel accumulate_kernel{supports_accumulate, nullptr, run_accumulate};

@@ -17,6 +17,7 @@
 namespace nibble::golden {
 
 inline constexpr std::int64_t kRows = 24;
+inline constexpr int kSteps = 10;  // of training
 
 struct Golden {
   explicit Golden(const std::string& variant)
@@ -51,6 +52,23 @@ struct Golden {
     return b;
   }
 
+  // The batches from `step` on in one, so many rows of them.
+  Microbatch long_batch(int step, std::int64_t rows) const {
+    Microbatch all;
+    for (std::int32_t begin = 0; begin < rows; begin += kRows) {
+      const Microbatch b = batch((step + begin / static_cast<std::int32_t>(kRows)) % kSteps);
+      for (std::size_t i = 0; i < kRows && all.tokens.size() < static_cast<std::size_t>(rows);
+           ++i) {
+        all.ordinal.push_back(static_cast<std::int32_t>(all.tokens.size()));
+        all.tokens.push_back(b.tokens[i]);
+        all.positions.push_back(b.positions[i]);
+        all.span_begin.push_back(begin + b.span_begin[i]);
+        all.labels.push_back(b.labels[i]);
+      }
+    }
+    return all;
+  }
+
   std::string directory;
   SafetensorsFile tensors;
   nlohmann::json numbers;
@@ -60,7 +78,7 @@ struct Golden {
 struct Setup {
   Setup(const Golden& golden, Method method, DType compute, const StoragePolicy& storage,
         std::unique_ptr<Backend> on, std::int64_t paged_elements = 0,
-        Optimizer optimizer = Optimizer::adamw)
+        Optimizer optimizer = Optimizer::adamw, std::int64_t rows = kRows, double dropout = 0)
       : backend(std::move(on)) {
     LoadOptions load;
     load.method = method;
@@ -69,14 +87,14 @@ struct Setup {
         std::make_unique<LoadedModel>(open_checkpoint(golden.directory), backend->info(), load);
     std::optional<LoraSpec> lora;
     if (method != Method::full) {
-      lora = LoraSpec{golden.numbers["rank"], golden.numbers["alpha"], 0, llama_linears()};
+      lora = LoraSpec{golden.numbers["rank"], golden.numbers["alpha"], dropout, llama_linears()};
     }
     llama =
         std::make_unique<Llama>(loaded->config(), loaded->types(), lora, method == Method::full);
     TrainerOptions options;
     options.compute = compute;
     options.storage = storage;
-    options.buckets = {kRows};
+    options.buckets = {rows};
     options.paged_elements = paged_elements;
     options.optimizer = optimizer;
     options.clip = golden.numbers["clip"];

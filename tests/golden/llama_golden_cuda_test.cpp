@@ -93,3 +93,7 @@ TEST_CASE("block inputs give the same bytes wherever they wait, on the GPU") {
 TEST_CASE("weights that come from the host for each use give the same bytes, on the GPU") {
   check_streaming([] { return cuda_backend(); }, {DType::F32, DType::BF16});
 }
+
+TEST_CASE("an MLP gives the same bytes for any number of rows at a time, on the GPU") {
+  check_mlp_rows([] { return cuda_backend(); }, {DType::F32, DType::BF16});
+}

@@ -148,3 +148,7 @@ TEST_CASE("block inputs give the same bytes wherever they wait") {
 TEST_CASE("weights that come from the host for each use give the same bytes") {
   check_streaming([] { return cpu_backend(); }, {DType::F64, DType::F32, DType::BF16});
 }
+
+TEST_CASE("an MLP gives the same bytes for any number of rows at a time") {
+  check_mlp_rows([] { return cpu_backend(); }, {DType::F64, DType::F32, DType::BF16});
+}

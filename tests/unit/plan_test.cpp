@@ -476,7 +476,9 @@ TEST_CASE("a storage policy is written and read") {
        {"store", "cheap", "block", "cheap:1+store", "block:12+cheap", "block:2+attention",
         "block,offload:inputs", "store,stream:3", "cheap:3+store,offload:gate",
         "block,offload:gate:5", "cheap,offload:inputs:2,stream:1",
-        "attention,offload:inputs,stream:12", "store,loss:512", "block,stream:2,loss:1024"}) {
+        "attention,offload:inputs,stream:12", "store,loss:512", "block,stream:2,loss:1024",
+        "block,offload:inputs+gate", "block:2+cheap,offload:inputs+gate:5,stream:3",
+        "store,mlp:512", "block,offload:inputs,mlp:8192,loss:512"}) {
     const auto policy = StoragePolicy::parse(text);
     REQUIRE(policy);
     CHECK(policy->str() == text);
@@ -501,6 +503,8 @@ TEST_CASE("a storage policy is written and read") {
                            "store,stream:2,offload:gate",
                            "stream:2",
                            "store,loss:100",
+                           "store,mlp:100",
+                           "store,loss:512,mlp:512",
                            "store,offload:gate:0",
                            "store,offload:gate:",
                            "store,offload:2",
