@@ -63,13 +63,21 @@ Trainer::Trainer(Backend& backend, ParameterTable parameters, BuildLoss build_lo
   bind_leaves();
 }
 
-// Two pages are in the arena at a time, one coming and one being worked on and leaving.
+// Two pages are in the arena at a time, one coming and one being worked on and leaving, and of the
+// page before them the array that left last: a copy keeps its memory until the next has started.
 void Trainer::choose_pages() {
   const std::int64_t paged = std::min(options_.paged_elements, resident_);
   resident_ = (resident_ - paged) / kParameterBlock * kParameterBlock;
+  page_ = options_.page_elements;
+  if (page_ < 0 || page_ % kParameterBlock != 0) {
+    throw Error("page_elements is " + std::to_string(page_) + ", but pages are whole blocks: give" +
+                " a multiple of " + std::to_string(kParameterBlock) + ", or 0 to have it chosen");
+  }
+  if (page_ > 0) return;
   page_ = kLargestPage;
-  while (page_ > kSmallestPage &&
-         2 * (page_ / kParameterBlock) * pageable_bytes_per_block() > runtime_.arena_bytes()) {
+  const std::int64_t block_bytes =
+      2 * pageable_bytes_per_block() + bytes(moment_type(kParameterBlock));
+  while (page_ > kSmallestPage && page_ / kParameterBlock * block_bytes >= runtime_.arena_bytes()) {
     page_ /= 2;
   }
 }
@@ -100,7 +108,9 @@ std::vector<Trainer::Page> Trainer::pages() const {
   for (std::int64_t begin = 0; begin < total; begin += all.back().count) {
     const bool paged = begin >= resident_;
     const std::int64_t end = paged ? total : resident_;
-    all.push_back({begin, std::min(paged ? page_ : kParameterPage, end - begin), paged});
+    const bool chosen = options_.page_elements == 0;
+    const std::int64_t most = chosen && !paged ? kParameterPage : page_;
+    all.push_back({begin, std::min(most, end - begin), paged});
   }
   return all;
 }

@@ -59,6 +59,10 @@ struct TrainerOptions {
   // rounded up to whole blocks. apply() brings them through the arena, which is idle then. The
   // arrays are the moments and, where parameters are used as rounded copies, the masters.
   std::int64_t paged_elements = 0;
+  // Elements that apply() works on at a time, a multiple of kParameterBlock. 0: kParameterPage of
+  // those in device memory, and of those on the host so many that two pages fit into what the
+  // arena has anyway. Changes no bit.
+  std::int64_t page_elements = 0;
   // Plans the largest bucket alone, all of whose rows have labels, without laying out the arena:
   // enough for choosing among policies. Such a trainer cannot be allocated.
   bool draft = false;
@@ -118,6 +122,8 @@ class Trainer {
   // nodes before that are the forward pass.
   const Plan& training_plan() const { return runtime_.plan(micro_.back().number); }
   std::int32_t training_loss() const { return micro_.back().row_losses.node; }
+  // The optimizer's program, which apply() runs.
+  const Plan& apply_plan() const { return runtime_.plan(apply_); }
 
   // Seconds that microbatches of `rows` rows in all and one apply() should take, and those of
   // scoring so many rows; in the largest bucket, as if all rows had labels.
@@ -184,7 +190,7 @@ class Trainer {
   FlatArray master_, gradient_, first_moment_, second_moment_;
   std::unique_ptr<Buffer> copy_, block_table_;
   std::int64_t resident_ = 0;  // elements of pageable arrays in device memory
-  std::int64_t page_ = 0;      // elements of a page
+  std::int64_t page_ = 0;      // elements of a page on the host
   std::int64_t step_ = 0;
   std::int64_t tokens_ = 0;        // labels since the last apply
   std::int64_t copied_bytes_ = 0;  // the same of copies

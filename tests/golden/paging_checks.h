@@ -5,26 +5,11 @@
 #include "engine/error.h"
 #include "engine/ops.h"
 #include "tests/golden/llama_golden.h"
+#include "tests/unit/memory_state.h"
 
 namespace nibble::golden {
 
-// Training state in memory, in the order in which it was written.
-struct MemoryState final : StateSink, StateSource {
-  std::map<std::string, std::vector<std::byte>, std::less<>> tensors;
-  std::map<std::string, TensorType, std::less<>> types;
-  void write(std::string_view name, const TensorType& type,
-             std::span<const std::byte> bytes) override {
-    tensors[std::string(name)].assign(bytes.begin(), bytes.end());
-    types[std::string(name)] = type;
-  }
-  void read(std::string_view name, const TensorType& type, std::span<std::byte> bytes) override {
-    const auto found = tensors.find(name);
-    REQUIRE(found != tensors.end());
-    if (!(types.at(found->first) == type)) throw Error(found->first + " is of another type");
-    REQUIRE(found->second.size() == bytes.size());
-    std::copy(found->second.begin(), found->second.end(), bytes.begin());
-  }
-};
+using test::MemoryState;
 
 inline MemoryState saved(const Setup& s) {
   MemoryState state;
