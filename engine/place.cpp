@@ -144,26 +144,27 @@ Placement bound_placement(std::span<const Lifetime> lifetimes, std::int64_t alig
   return {std::vector<std::int64_t>(lifetimes.size()), bound, bound};
 }
 
-Placement place(std::span<const Lifetime> lifetimes, std::int64_t alignment) {
+Placement place(std::span<const Lifetime> lifetimes, std::int64_t alignment, std::int64_t enough) {
   Placement best;
   best.lower_bound = maximum_live(lifetimes, alignment);
+  const std::int64_t goal = std::max(best.lower_bound, enough);
   best.offsets.resize(lifetimes.size());
   best.bytes = lifetimes.empty() ? 0 : INT64_MAX;
   std::vector<std::int64_t> offsets(lifetimes.size());
   for (const Key key : {Key::bytes, Key::bytes_times_duration, Key::duration, Key::program_order}) {
-    if (best.bytes - best.lower_bound < best.lower_bound / kCloseEnough) break;
+    if (best.bytes - goal < best.lower_bound / kCloseEnough) break;
     std::vector<std::int32_t> order = order_by(key, lifetimes);
-    for (int round = 0; round < kRounds && best.bytes > best.lower_bound; ++round) {
+    for (int round = 0; round < kRounds && best.bytes > goal; ++round) {
       const std::int64_t peak = place_in_order(lifetimes, order, alignment, offsets);
       if (peak < best.bytes) {
         best.bytes = peak;
         best.offsets = offsets;
       }
-      // What ended above the bound chooses first in the next round.
+      // What ended above the goal chooses first in the next round.
       std::stable_partition(order.begin(), order.end(), [&](std::int32_t id) {
         const std::int64_t bytes = lifetimes[static_cast<std::size_t>(id)].bytes;
         const std::int64_t end = offsets[static_cast<std::size_t>(id)] + bytes;
-        return round_up(end, alignment) > best.lower_bound;
+        return round_up(end, alignment) > goal;
       });
     }
   }

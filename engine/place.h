@@ -28,6 +28,8 @@ struct Placement {
 // The lower bound as if it were a placement: all offsets are 0.
 Placement bound_placement(std::span<const Lifetime> lifetimes, std::int64_t alignment);
 
-Placement place(std::span<const Lifetime> lifetimes, std::int64_t alignment);
+// An arena of `enough` bytes is there anyway: no smaller one is looked for.
+Placement place(std::span<const Lifetime> lifetimes, std::int64_t alignment,
+                std::int64_t enough = 0);
 
 }  // namespace nibble

@@ -12,8 +12,12 @@ std::size_t index(std::int32_t i) { return static_cast<std::size_t>(i); }
 
 class Planner {
  public:
-  Planner(const Graph& graph, const Backend& backend, Layout layout)
-      : graph_(graph), backend_(backend), layout_(layout), alignment_(backend.info().alignment) {}
+  Planner(const Graph& graph, const Backend& backend, Layout layout, std::int64_t enough)
+      : graph_(graph),
+        backend_(backend),
+        layout_(layout),
+        enough_(enough),
+        alignment_(backend.info().alignment) {}
 
   Plan run() {
     graph_.check();
@@ -183,7 +187,7 @@ class Planner {
       life.first = group_first_[index(life.first)];
       life.last = group_last_[index(life.last)];
     }
-    const Placement placement = layout_ == Layout::search ? place(lifetimes_, alignment_)
+    const Placement placement = layout_ == Layout::search ? place(lifetimes_, alignment_, enough_)
                                                           : bound_placement(lifetimes_, alignment_);
     plan_.arena_bytes = placement.bytes;
     plan_.lower_bound_bytes = placement.lower_bound;
@@ -229,7 +233,7 @@ class Planner {
   const Graph& graph_;
   const Backend& backend_;
   Layout layout_;
-  std::int64_t alignment_;
+  std::int64_t enough_, alignment_;
   Plan plan_;
   std::vector<PerOutput> last_read_, storage_;
   std::vector<std::int32_t> group_first_, group_last_;  // by node: of its kernel
@@ -255,8 +259,8 @@ std::size_t copies_in_flight(const Graph& graph) {
   return static_cast<std::size_t>(std::max<std::ptrdiff_t>(1, of_first - 1));
 }
 
-Plan make_plan(const Graph& graph, const Backend& backend, Layout layout) {
-  return Planner(graph, backend, layout).run();
+Plan make_plan(const Graph& graph, const Backend& backend, Layout layout, std::int64_t enough) {
+  return Planner(graph, backend, layout, enough).run();
 }
 
 }  // namespace nibble

@@ -56,6 +56,8 @@ std::size_t copies_in_flight(const Graph& graph);
 
 // Plans `graph` for `backend`. Nodes that neither update a state nor lead to a kept value are left
 // out. Throws Unsupported naming op, dtypes and backend when a kernel is missing.
-Plan make_plan(const Graph& graph, const Backend& backend, Layout layout = Layout::search);
+// `enough`: bytes of an arena that is there anyway.
+Plan make_plan(const Graph& graph, const Backend& backend, Layout layout = Layout::search,
+               std::int64_t enough = 0);
 
 }  // namespace nibble

@@ -11,7 +11,7 @@ namespace nibble {
 
 int Runtime::add(std::unique_ptr<Graph> graph) {
   Program program;
-  program.plan = make_plan(*graph, backend_, layout_);
+  program.plan = make_plan(*graph, backend_, layout_, arena_bytes());
   for (std::int32_t id = 0; id < graph->size(); ++id) {
     const Node& n = graph->node(id);
     if (n.kind == NodeKind::op) continue;

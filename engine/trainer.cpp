@@ -46,15 +46,18 @@ Trainer::Trainer(Backend& backend, ParameterTable parameters, BuildLoss build_lo
       build_loss_(std::move(build_loss)),
       options_(options),
       runtime_(backend, options.draft ? Layout::bound : Layout::search) {
-  for (const std::int64_t rows : options_.buckets) {
-    if (options_.draft && rows != options_.buckets.back()) continue;
-    for (const std::int64_t share : kLossShares) {
-      if (options_.draft && share != kLossShares.back()) continue;
-      const std::int64_t loss_rows = std::max<std::int64_t>(1, rows / share);
-      if (options_.training) add_program(rows, loss_rows, true);
-      if (options_.evaluates) add_program(rows, loss_rows, false);
+  // The largest program first: its arena is enough for the others. A draft is of it alone.
+  for (auto rows = options_.buckets.rbegin(); rows != options_.buckets.rend(); ++rows) {
+    for (auto share = kLossShares.rbegin(); share != kLossShares.rend(); ++share) {
+      const std::int64_t loss_rows = std::max<std::int64_t>(1, *rows / *share);
+      if (options_.training) add_program(*rows, loss_rows, true);
+      if (options_.evaluates) add_program(*rows, loss_rows, false);
+      if (options_.draft) break;
     }
+    if (options_.draft) break;
   }
+  std::reverse(micro_.begin(), micro_.end());
+  std::reverse(evaluate_.begin(), evaluate_.end());
   resident_ = parameters_.elements();
   if (options_.training) {
     choose_pages();
@@ -554,19 +557,6 @@ std::int64_t Trainer::recorded_steps() const {
     }
   }
   return steps;
-}
-
-double Trainer::plan_ratio() const {
-  double worst = 1;
-  for (const std::vector<Program>* programs : {&micro_, &evaluate_}) {
-    for (const Program& p : *programs) {
-      const Plan& plan = runtime_.plan(p.number);
-      worst = std::max(worst,
-                       static_cast<double>(plan.arena_bytes) /
-                           static_cast<double>(std::max<std::int64_t>(plan.lower_bound_bytes, 1)));
-    }
-  }
-  return worst;
 }
 
 }  // namespace nibble

@@ -116,8 +116,6 @@ class Trainer {
   // many the real plan has.
   std::int64_t recorded_steps() const;
 
-  double plan_ratio() const;  // arena over its lower bound, the worst program
-
   // The training program of the largest bucket, all of whose rows have labels, and its loss: the
   // nodes before that are the forward pass.
   const Plan& training_plan() const { return runtime_.plan(micro_.back().number); }

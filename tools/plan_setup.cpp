@@ -185,7 +185,11 @@ class Chooser {
       for (const Offload offload : {Offload::none, Offload::inputs, Offload::attention,
                                     Offload::inputs_gate, Offload::gate}) {
         from.storage.offload = offload;
-        for (const Leaving leaving : what) consider(from, leaving);
+        for (const Leaving leaving : what) {
+          // Pages alone do not help where more is too many.
+          if (leaving == Leaving::optimizer && excess_ > pageable()) continue;
+          consider(from, leaving);
+        }
       }
     };
     consider_all({Leaving::none, Leaving::optimizer, Leaving::weights});
