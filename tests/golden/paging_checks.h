@@ -54,7 +54,7 @@ inline void check_offload(const std::function<std::unique_ptr<Backend>()>& make_
 // An MLP that works on some rows at a time changes no bit, on any rung, with dropout and without.
 inline void check_mlp_rows(const std::function<std::unique_ptr<Backend>()>& make_backend,
                            std::initializer_list<DType> computes) {
-  constexpr std::int64_t kLong = 1700;  // parts of 512, 512 and 676, or 1024 and 676
+  constexpr std::int64_t kLong = 1100;  // parts of 512 and 588
   const Golden golden("tied");
   for (const DType compute : computes) {
     for (const auto& [method, dropout] :
@@ -64,18 +64,16 @@ inline void check_mlp_rows(const std::function<std::unique_ptr<Backend>()>& make
       std::map<std::string, std::vector<std::byte>, std::less<>> wanted;
       std::vector<float> losses;
       for (const char* text :
-           {"block", "block,mlp:512", "store,mlp:512", "cheap,mlp:1024", "attention,mlp:512",
-            "block,offload:inputs,mlp:512", "block:1+attention,offload:gate,stream:1,mlp:512"}) {
+           {"block", "block,mlp:512", "store,mlp:512", "cheap,offload:inputs,mlp:512",
+            "block:1+attention,offload:gate,stream:1,mlp:512"}) {
         CAPTURE(text);
         if (method == Method::full && std::string_view(text).find("stream") != std::string::npos) {
           continue;
         }
         Setup s(golden, method, compute, StoragePolicy::parse(text).value(), make_backend(), 0,
                 Optimizer::adamw, kLong, dropout);
-        for (int step = 0; step < 2; ++step) {
-          s.trainer->micro(golden.long_batch(step, kLong));
-          s.trainer->apply(1e-2);
-        }
+        s.trainer->micro(golden.long_batch(0, kLong));
+        s.trainer->apply(1e-2);
         const std::vector<float> scored = s.trainer->evaluate(golden.long_batch(3, kLong));
         if (wanted.empty()) {
           wanted = saved(s).tensors;
