@@ -186,7 +186,7 @@ class Chooser {
                                     Offload::inputs_gate, Offload::gate}) {
         from.storage.offload = offload;
         for (const Leaving leaving : what) {
-          // Pages alone do not help where more is too many.
+          // Pages alone do not help where more was too many with nothing leaving.
           if (leaving == Leaving::optimizer && excess_ > pageable()) continue;
           consider(from, leaving);
         }
@@ -327,9 +327,8 @@ class Chooser {
     std::int64_t over = everything.excess - room;
     // Gates spare more work by the byte than attention's outputs do: who sends them alone has no
     // memory for those.
-    const bool gates_alone = policy.storage.offload == Offload::inputs_gate;
     std::vector<Rung> rungs = {Rung::store, Rung::cheap, Rung::attention, Rung::block};
-    if (gates_alone) rungs.erase(rungs.begin() + 2);
+    if (policy.storage.offload == Offload::inputs_gate) std::erase(rungs, Rung::attention);
     for (std::size_t i = 0; i + 1 < rungs.size() && over > 0; ++i) {
       const Rung fast = rungs[i], lean = rungs[i + 1];
       std::int64_t over_lean = too_many(lean, Rung::store, 0);
@@ -397,7 +396,8 @@ void plan_model(FinetuneSetup& s, std::int64_t sample_context) {
                   ": write auto, store, cheap, attention or block, or LEANER:N+RUNG with a leaner "
                   "one of these for the first N of the " +
                   std::to_string(s.loaded->config().layers) +
-                  " blocks; \",offload:inputs\", \":attention\" or \":gate\" may follow, then "
+                  " blocks; \",offload:inputs\", \":attention\", \":inputs+gate\" or \":gate\" may "
+                  "follow, then "
                   "\",stream:N\", then \",mlp:N\" and \",loss:N\" with multiples of 512");
     }
   }

@@ -1,11 +1,9 @@
-// add, scale, fill, accumulate, convert; the formulas are in engine/ops/elementwise.cpp. add_rows
-// and slice_rows: engine/ops/rows.cpp.
+// add, scale, fill, accumulate, convert; the formulas are in engine/ops/elementwise.cpp;
+// add_rows: engine/ops/rows.cpp.
 //
 // Tasks are runs of 16384 elements. Memory bound: each element is read and written once, and a
 // vector is loaded from every input before it is stored, so an output may share memory with an
 // input of its own type.
-#include <cstring>
-
 #include "backends/cpu/kernel.h"
 #include "backends/cpu/lanes.h"
 
@@ -37,18 +35,13 @@ void run_add(const OpCall& call, ThreadPool& pool) {
   });
 }
 
-// Elements before the first of the rows that the op is about.
-std::int64_t rows_begin(const OpCall& call) {
-  const Shape& shape = call.in_types[0].shape;
-  return call.node->get<RowsParams>().first * (shape.rank() == 1 ? 1 : shape[1]);
-}
-
 void run_add_rows(const OpCall& call, ThreadPool& pool) {
   with_type(call.out_types[0].dtype, [&](auto type) {
     using T = decltype(type);
     const T *a = call.input<T>(0), *b = call.input<T>(1);
     T* y = call.output<T>(0);
-    const std::int64_t begin = rows_begin(call), count = call.in_types[1].elements();
+    const std::int64_t begin = call.node->get<RowsParams>().first * call.in_types[0].shape[1];
+    const std::int64_t count = call.in_types[1].elements();
     if (y != a) {
       const std::int64_t all = call.out_types[0].elements();
       parallel_vectors<T>(pool, begin, [=](std::int64_t i, auto lanes) {
@@ -61,20 +54,6 @@ void run_add_rows(const OpCall& call, ThreadPool& pool) {
     parallel_vectors<T>(pool, count, [=](std::int64_t i, auto lanes) {
       store(y + begin + i, load(a + begin + i, lanes) + load(b + i, lanes), lanes);
     });
-  });
-}
-
-bool supports_slice_rows(const OpCall&) { return true; }
-
-void run_slice_rows(const OpCall& call, ThreadPool& pool) {
-  const std::int64_t size = info(call.in_types[0].dtype).block_bytes;
-  const std::byte* const from = call.input<std::byte>(0) + rows_begin(call) * size;
-  std::byte* const to = call.output<std::byte>(0);
-  const std::int64_t count = call.out_types[0].elements() * size;
-  constexpr std::int64_t kPiece = 1 << 20;  // bytes of a task
-  pool.parallel_for(task_count(count, kPiece), [&](std::int64_t piece, int) {
-    const std::int64_t at = piece * kPiece;
-    std::memcpy(to + at, from + at, static_cast<std::size_t>(task_size(piece, count, kPiece)));
   });
 }
 
@@ -171,7 +150,6 @@ void run_convert(const OpCall& call, ThreadPool& pool) {
 
 extern const Kernel add_kernel{supports_binary, nullptr, run_add};
 extern const Kernel add_rows_kernel{supports_binary, nullptr, run_add_rows};
-extern const Kernel slice_rows_kernel{supports_slice_rows, nullptr, run_slice_rows};
 extern const Kernel scale_kernel{supports_scale, nullptr, run_scale};
 extern const Kernel fill_kernel{supports_fill, nullptr, run_fill};
 extern const Kernel accumulate_kernel{supports_accumulate, nullptr, run_accumulate};

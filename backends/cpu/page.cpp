@@ -1,4 +1,4 @@
-// page_in and page_out: copies (engine/ops/page.cpp).
+// page_in and page_out (engine/ops/page.cpp), slice_rows (engine/ops/rows.cpp): copies.
 #include <cstring>
 
 #include "backends/cpu/kernel.h"
@@ -26,9 +26,17 @@ void run_out(const OpCall& call, ThreadPool& pool) {
   copy(call.out[0], call.in[1], bytes(call.out_types[0]), pool);
 }
 
+void run_slice(const OpCall& call, ThreadPool& pool) {
+  const auto p = call.node->get<RowsParams>();
+  const std::int64_t size = bytes(call.out_types[0]);
+  const std::int64_t skipped = p.count == 0 ? 0 : size / p.count * p.first;
+  copy(call.out[0], call.input<std::byte>(0) + skipped, size, pool);
+}
+
 }  // namespace
 
 extern const Kernel page_in_kernel{supports, nullptr, run_in};
 extern const Kernel page_out_kernel{supports, nullptr, run_out};
+extern const Kernel slice_rows_kernel{supports, nullptr, run_slice};
 
 }  // namespace nibble::cpu::NIBBLE_ISA

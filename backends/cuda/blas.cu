@@ -1,5 +1,6 @@
 #include "backends/cuda/blas.h"
 
+#include "backends/cuda/low_rank.h"
 #include "engine/error.h"
 
 namespace nibble::cuda {
@@ -12,7 +13,7 @@ void check_blas(cublasStatus_t status, const char* what) {
                     static_cast<int>(status));
 }
 
-constexpr std::int64_t kTokenTile = 512, kManyRows = 4096;
+constexpr std::int64_t kManyRows = 4096;
 
 cudaDataType_t data_type(DType dtype) { return dtype == DType::BF16 ? CUDA_R_16BF : CUDA_R_32F; }
 

@@ -1,7 +1,7 @@
 // The paged optimizer on drawn cases: models with segments of less than a block up to many, cut at
 // drawn elements into what stays in device memory and what waits on the host, and into pages of
 // drawn sizes. Wherever the cuts are, training gives the same bytes, takes the memory that was
-// predicted and never more, and the arena holds two pages at a time.
+// predicted and never more, and the arena holds two pages and the array that leaves last.
 #include <doctest/doctest.h>
 
 #include <random>
