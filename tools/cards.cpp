@@ -20,7 +20,7 @@ constexpr DeviceRates rates(double teraflops, double gigabytes, double copy_giga
   return {.flops = teraflops * 1e12,
           .bytes = gigabytes * 1e9,
           .copy_bytes = copy_gigabytes * 1e9,
-          .launch = 2.5e-6,
+          .launch = 5e-6,
           .weight_gradients = weight_gradients,
           .decodes_weights = true};
 }
@@ -31,7 +31,7 @@ constexpr std::array kCards{
     CardFigures{"a6000", "RTX A6000", 86, 84, gib(47.3), rates(139, 690, 24)},
     CardFigures{"l40s", "L40S", 89, 142, gib(44.3), rates(326, 777, 24)},
     CardFigures{"a100", "A100", 80, 108, gib(79.1), rates(281, 1740, 24)},
-    CardFigures{"h100", "H100", 90, 132, gib(79.1), rates(690, 2580, 54, 0.275)},
+    CardFigures{"h100", "H100", 90, 132, gib(79.1), rates(690, 2800, 54, 0.275)},
     CardFigures{"h200", "H200", 90, 132, gib(139.7), rates(655, 3600, 54, 0.29)},
 };
 
