@@ -28,21 +28,67 @@ double product_rate(const OpCall& call, const DeviceRates& rates, double span) {
   return rates.flops;
 }
 
-// Of the weight of a product, once it is written out and once it is read.
-double decoded_bytes(const OpCall& call) {
-  double sum = 0;
-  if (call.n_inputs < 2 || call.in_types[0].shape.rank() == 0 ||
-      call.in_types[0].shape[0] <= kDecodeRows || call.node->op == OpId::embedding) {
-    return 0;
+double elements(const TensorType& type) { return static_cast<double>(type.elements()); }
+
+// Logits are written, read and their gradients in turn, some rows at a time.
+double logit_bytes(const OpCall& call) {
+  const bool weight_gradient = call.node->op == OpId::linear_cross_entropy_dw;
+  if (call.node->op != OpId::linear_cross_entropy && !weight_gradient) return 0;
+  const int at = weight_gradient ? 1 : 0;  // x, W, labels, loss rows
+  const auto in = [&](int i) { return call.in_types[static_cast<std::size_t>(at + i)]; };
+  const double passes = weight_gradient || call.n_outputs > 2 ? 4 : 2;
+  return passes * static_cast<double>(bytes({in(0).dtype, {in(3).shape[0], in(1).shape[0]}, {}}));
+}
+
+// One call's kernels, one after the other. Each takes at least rates.launch; a product its start
+// beside its work.
+class Kernels {
+ public:
+  Kernels(const DeviceRates& rates, double span) : rates_(rates), span_(span) {}
+
+  double seconds(const OpCall& call, bool fused) {
+    seconds_ = 0;
+    OpCost cost = op_cost(call, span_);
+    cost.bytes += logit_bytes(call);
+    write_out_weights(call, cost);
+    const OpId op = call.node->op;
+    if (op == OpId::lora_linear && rates_.decodes_weights) {
+      moved(static_cast<double>(bytes(call.in_types[0])));  // u
+    }
+    if (op == OpId::attention_backward) seconds_ += 2 * rates_.launch;  // row sums, and dq
+    if (cost.flops > 0) {
+      seconds_ += rates_.launch + std::max(cost.flops / product_rate(call, rates_, span_),
+                                           cost.bytes / rates_.bytes);
+    } else if (fused) {
+      seconds_ += cost.bytes / rates_.bytes;
+    } else {
+      moved(cost.bytes);
+    }
+    return seconds_;
   }
-  for (int i = 1; i < call.n_inputs; ++i) {
-    const TensorType& type = call.in_types[static_cast<std::size_t>(i)];
-    if (is_plane(type.dtype) || is_block(type.dtype)) {
-      sum += 2 * 2 * static_cast<double>(type.elements());
+
+ private:
+  void moved(double bytes) { seconds_ += std::max(bytes / rates_.bytes, rates_.launch); }
+
+  // Quantized weights of a product become BF16 before it.
+  void write_out_weights(const OpCall& call, OpCost& cost) {
+    if (!rates_.decodes_weights || call.n_inputs < 2 || call.in_types[0].shape.rank() == 0 ||
+        call.in_types[0].shape[0] <= kDecodeRows || call.node->op == OpId::embedding) {
+      return;
+    }
+    for (int i = 1; i < call.n_inputs; ++i) {
+      const TensorType& type = call.in_types[static_cast<std::size_t>(i)];
+      if (!is_plane(type.dtype) && !is_block(type.dtype)) continue;
+      const double stored = static_cast<double>(bytes(type)), dense = 2 * elements(type);
+      moved(stored + dense);
+      cost.bytes += dense - stored;
     }
   }
-  return sum;
-}
+
+  DeviceRates rates_;
+  double span_;
+  double seconds_ = 0;
+};
 
 }  // namespace
 
@@ -50,6 +96,7 @@ double decoded_bytes(const OpCall& call) {
 // memory, which a later one needs, when it ends; a copy in starts when everything before it has
 // been started and its memory is free, and is waited for by what reads it.
 double estimate_seconds(const Plan& plan, const DeviceRates& rates, double average_span) {
+  Kernels kernels(rates, average_span);
   double compute = 0, in = 0, out = 0;
   std::deque<double> leaving;  // when the copies under way end
   std::vector<double> arrives(static_cast<std::size_t>(plan.graph->size()));
@@ -73,11 +120,7 @@ double estimate_seconds(const Plan& plan, const DeviceRates& rates, double avera
       const Ref input = call.node->inputs[static_cast<std::size_t>(k)];
       compute = std::max(compute, arrives[static_cast<std::size_t>(input.node)]);
     }
-    const OpCost cost = op_cost(call, average_span);
-    double seconds =
-        std::max(cost.flops / product_rate(call, rates, average_span), cost.bytes / rates.bytes);
-    if (rates.decodes_weights) seconds += decoded_bytes(call) / rates.bytes;
-    compute += std::max(seconds, plan.fused[i] ? 0 : rates.launch);
+    compute += kernels.seconds(call, plan.fused[i]);
   }
   return std::max({compute, in, out});
 }

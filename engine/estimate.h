@@ -10,7 +10,7 @@ struct DeviceRates {
   double flops = 0;       // of a large BF16 product, at the clock the card holds under load
   double bytes = 0;       // of memory, read and written
   double copy_bytes = 0;  // from or to pinned host memory, each way
-  double launch = 0;      // seconds that a step takes at least
+  double launch = 0;      // seconds that a kernel takes at least
   double weight_gradients =
       1;  // the share of `flops` that sums over tokens for whole weights reach
   // Quantized weights are written out as BF16 and read back for products of more rows than

@@ -20,7 +20,7 @@ constexpr DeviceRates rates(double teraflops, double gigabytes, double copy_giga
   return {.flops = teraflops * 1e12,
           .bytes = gigabytes * 1e9,
           .copy_bytes = copy_gigabytes * 1e9,
-          .launch = 5e-6,
+          .launch = 4.7e-6,
           .weight_gradients = weight_gradients,
           .decodes_weights = true};
 }
