@@ -3,7 +3,7 @@
 // A lifetime occupies `bytes` during program steps first..last, both included. Two lifetimes that
 // share a step must not share an address. The maximum over steps of the live bytes bounds any
 // placement from below. Finding the smallest arena is NP-hard, so the search is greedy: values are
-// placed one by one in a given order, each in the tightest gap. Several orders are tried; from each
+// placed one by one in a given order, each in the tightest gap. Several orders take turns; from each
 // a few rounds follow in which values that ended above the bound choose first ("squeaky wheel"
 // optimization, Joslin and Clements 1999). The training graphs here meet the bound.
 #pragma once

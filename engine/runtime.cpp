@@ -15,8 +15,11 @@ int Runtime::add(std::unique_ptr<Graph> graph) {
   for (std::int32_t id = 0; id < graph->size(); ++id) {
     const Node& n = graph->node(id);
     if (n.kind == NodeKind::op) continue;
-    Leaf& leaf = leaves_.try_emplace(graph->name(id), Leaf{n.kind}).first->second;
-    if (leaf.kind != n.kind) throw Error("leaf \"" + graph->name(id) + "\" has two kinds");
+    const std::string& name = graph->name(id);
+    const auto [at, is_new] = numbers_.try_emplace(name, leaves_.size());
+    if (is_new) leaves_.push_back({name, n.kind});
+    Leaf& leaf = leaves_[at->second];
+    if (leaf.kind != n.kind) throw Error("leaf \"" + name + "\" has two kinds");
     leaf.bytes = std::max(leaf.bytes, bytes(n.outputs[0]));
   }
   program.graph = std::move(graph);
@@ -31,8 +34,8 @@ void Runtime::bind(std::string_view name, std::byte* address) {
 std::int64_t Runtime::unbound_bytes(NodeKind kind) const {
   const std::int64_t alignment = backend_.info().alignment;
   std::int64_t sum = 0;
-  for (const auto& [name, leaf] : leaves_) {
-    if (leaf.kind == kind && !bound_.contains(name)) sum += round_up(leaf.bytes, alignment);
+  for (const Leaf& leaf : leaves_) {
+    if (leaf.kind == kind && !bound_.contains(leaf.name)) sum += round_up(leaf.bytes, alignment);
   }
   return sum;
 }
@@ -75,14 +78,15 @@ void Runtime::allocate() {
   std::map<NodeKind, std::byte*> next = {{NodeKind::input, inputs_->data()},
                                          {NodeKind::state, states_->data()},
                                          {NodeKind::page, pages_ ? pages_->data() : nullptr}};
-  for (auto& [name, leaf] : leaves_) {
-    if (const auto found = bound_.find(name); found != bound_.end() && found->second != nullptr) {
+  for (Leaf& leaf : leaves_) {
+    if (const auto found = bound_.find(leaf.name);
+        found != bound_.end() && found->second != nullptr) {
       leaf.address = found->second;
       leaf.bound = true;
       continue;
     }
-    if (bound_.contains(name) || !next.contains(leaf.kind)) {
-      throw Error("\"" + name + "\" is read by the program but has no memory bound to it");
+    if (bound_.contains(leaf.name) || !next.contains(leaf.kind)) {
+      throw Error("\"" + leaf.name + "\" is read by the program but has no memory bound to it");
     }
     std::byte*& address = next[leaf.kind];
     leaf.address = address;
@@ -95,7 +99,7 @@ void Runtime::allocate() {
     for (std::int32_t id = 0; id < p.graph->size(); ++id) {
       if (p.graph->node(id).kind != NodeKind::op) {
         bindings.leaves[static_cast<std::size_t>(id)] =
-            leaves_.find(p.graph->name(id))->second.address;
+            leaves_[numbers_.at(p.graph->name(id))].address;
       }
     }
     p.executable = backend_.compile(p.plan, bindings);
@@ -103,13 +107,14 @@ void Runtime::allocate() {
 }
 
 const Runtime::Leaf& Runtime::leaf(std::string_view name, std::size_t size) const {
-  const auto found = leaves_.find(name);
-  if (found == leaves_.end()) throw Error("no program has a leaf \"" + std::string(name) + "\"");
-  if (static_cast<std::int64_t>(size) > found->second.bytes) {
-    throw ShapeError("leaf \"" + std::string(name) + "\" holds " +
-                     std::to_string(found->second.bytes) + " bytes, not " + std::to_string(size));
+  const auto found = numbers_.find(name);
+  if (found == numbers_.end()) throw Error("no program has a leaf \"" + std::string(name) + "\"");
+  const Leaf& leaf = leaves_[found->second];
+  if (static_cast<std::int64_t>(size) > leaf.bytes) {
+    throw ShapeError("leaf \"" + leaf.name + "\" holds " + std::to_string(leaf.bytes) +
+                     " bytes, not " + std::to_string(size));
   }
-  return found->second;
+  return leaf;
 }
 
 void Runtime::write(std::string_view name, std::span<const std::byte> bytes) {

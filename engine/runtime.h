@@ -79,18 +79,21 @@ class Runtime {
     std::unique_ptr<Executable> executable;
   };
   struct Leaf {
+    std::string name;
     NodeKind kind;
     std::int64_t bytes = 0;  // largest over the programs
     std::byte* address = nullptr;
     bool bound = false;  // by the caller
   };
   std::int64_t unbound_bytes(NodeKind kind) const;
+  // Throws ShapeError when the leaf has fewer bytes.
   const Leaf& leaf(std::string_view name, std::size_t bytes) const;
 
   Backend& backend_;
   Layout layout_;
   std::vector<Program> programs_;
-  std::map<std::string, Leaf, std::less<>> leaves_;
+  std::vector<Leaf> leaves_;      // in the order of their first program
+  NameMap<std::size_t> numbers_;  // in leaves_
   NameMap<std::byte*> bound_;
   std::unique_ptr<Buffer> arena_, inputs_, states_, pages_;
 };

@@ -146,7 +146,7 @@ class Chooser {
     plan(policy);
     if (excess_ <= 0) return policy;
     policy.embedding_on_host = embedding_may_leave(policy);
-    plan(policy);
+    if (!policy.embedding_on_host) plan(policy);
     page(policy);
     return policy;
   }
@@ -161,8 +161,9 @@ class Chooser {
     plan(best);
     if (excess_ <= 0) return best;
     best.embedding_on_host = embedding_may_leave(best);
-    plan(best);
+    if (!best.embedding_on_host) plan(best);
     if (excess_ <= 0 || s_.without_adapter) return best;
+    known_[best.storage.str()] = {excess_, host_room()};
     std::int64_t best_excess = excess_;
     double best_seconds = seconds();
     Leaving best_leaving = Leaving::none;
@@ -223,6 +224,7 @@ class Chooser {
   void plan(const Policy& policy) {
     plan_policy(s_, policy, sample_context_, Plans::draft);
     excess_ = excess(s_) + margin_;
+    planned_ = true;
   }
   std::int64_t host_room() const { return s_.fit.pinned_budget_bytes - s_.fit.pinned_bytes(); }
   std::int64_t pageable() const {
@@ -274,9 +276,11 @@ class Chooser {
   void search(Policy& policy, Leaving leaving) {
     policy.storage.streamed = policy.paged = 0;
     choose_rungs(policy, leaving);
-    if (leaving == Leaving::none) return;
-    page(policy);
-    stream(policy);
+    if (leaving != Leaving::none) {
+      page(policy);
+      stream(policy);
+    }
+    if (!planned_) plan(policy);
   }
   // Where the host has no room for what every block may send, fewer blocks send it.
   bool offload_less(Policy& policy) {
@@ -308,16 +312,18 @@ class Chooser {
   // the last that does not fit and the first that does as few lean blocks as possible. Bytes are
   // all but linear in their number, so that a few plans find it.
   void choose_rungs(Policy& policy, Leaving leaving) {
-    bool planned = false;  // what was looked at last
     const auto look = [&](Rung rung, Rung lean, std::int64_t split) {
       policy.storage.rung = rung;
       policy.storage.lean = lean;
       policy.storage.split = split;
       const auto found = known_.find(policy.storage.str());
-      planned = found == known_.end();
-      if (!planned) return found->second;
-      plan(policy);
-      return known_[policy.storage.str()] = {excess_, host_room()};
+      if (found == known_.end()) {
+        plan(policy);
+        return known_[policy.storage.str()] = {excess_, host_room()};
+      }
+      planned_ = false;
+      excess_ = found->second.excess;
+      return found->second;
     };
     const Known everything = look(Rung::store, Rung::store, 0);
     const std::int64_t room = leaving_bytes(leaving, everything.host_room);
@@ -352,12 +358,12 @@ class Chooser {
       }
       break;
     }
-    if (!planned) plan(policy);
   }
 
   FinetuneSetup& s_;
   std::int64_t sample_context_;
-  std::int64_t excess_ = 0;  // bytes too many, of the last plan
+  std::int64_t excess_ = 0;  // bytes too many, of the last plan or of what is known
+  bool planned_ = false;     // it is of the last plan
   std::int64_t margin_ = 0;  // what drafts came out too small by
   struct Known {
     std::int64_t excess, host_room;

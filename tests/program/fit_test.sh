@@ -37,7 +37,7 @@ planned() {  # planned CAP FLAG...: bytes of the plan and the device's context
 recipe() {  # recipe NAME FLAG...
   local name=$1 least most cap share
   shift
-  least=$(planned 1M "$@") most=$(planned 1T "$@")
+  least=$(planned 1M "$@") most=$(planned 16G "$@")
   for share in 0 10 25 50 75 100; do
     cap=$((least + (most - least) * share / 100))
     check "$name, $cap bytes" equal --memory "$cap" "$@"
