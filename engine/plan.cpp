@@ -12,11 +12,11 @@ std::size_t index(std::int32_t i) { return static_cast<std::size_t>(i); }
 
 class Planner {
  public:
-  Planner(const Graph& graph, const Backend& backend, Layout layout, std::int64_t enough)
+  Planner(const Graph& graph, const Backend& backend, Layout layout, const PlaceHint& hint)
       : graph_(graph),
         backend_(backend),
         layout_(layout),
-        enough_(enough),
+        hint_(hint),
         alignment_(backend.info().alignment) {}
 
   Plan run() {
@@ -187,10 +187,11 @@ class Planner {
       life.first = group_first_[index(life.first)];
       life.last = group_last_[index(life.last)];
     }
-    const Placement placement = layout_ == Layout::search ? place(lifetimes_, alignment_, enough_)
+    const Placement placement = layout_ == Layout::search ? place(lifetimes_, alignment_, hint_)
                                                           : bound_placement(lifetimes_, alignment_);
     plan_.arena_bytes = placement.bytes;
     plan_.lower_bound_bytes = placement.lower_bound;
+    plan_.search = placement.search;
     for (const Lifetime& life : lifetimes_)
       plan_.unshared_bytes += round_up(life.bytes, alignment_);
     for (const auto& [holder, storage] : holders_) {
@@ -233,7 +234,8 @@ class Planner {
   const Graph& graph_;
   const Backend& backend_;
   Layout layout_;
-  std::int64_t enough_, alignment_;
+  PlaceHint hint_;
+  std::int64_t alignment_;
   Plan plan_;
   std::vector<PerOutput> last_read_, storage_;
   std::vector<std::int32_t> group_first_, group_last_;  // by node: of its kernel
@@ -259,8 +261,8 @@ std::size_t copies_in_flight(const Graph& graph) {
   return static_cast<std::size_t>(std::max<std::ptrdiff_t>(1, of_first - 1));
 }
 
-Plan make_plan(const Graph& graph, const Backend& backend, Layout layout, std::int64_t enough) {
-  return Planner(graph, backend, layout, enough).run();
+Plan make_plan(const Graph& graph, const Backend& backend, Layout layout, const PlaceHint& hint) {
+  return Planner(graph, backend, layout, hint).run();
 }
 
 }  // namespace nibble

@@ -28,6 +28,7 @@ struct Plan {
   std::int64_t arena_bytes = 0;
   std::int64_t lower_bound_bytes = 0;  // no placement can be smaller
   std::int64_t unshared_bytes = 0;     // if no two values ever shared memory
+  std::size_t search = 0;              // that found the layout (Placement)
   std::int64_t copied_bytes = 0;       // between device and host, both ways, by a run
 
   // Who holds `bytes` of the arena from `offset` on during nodes first..last, both included: a
@@ -56,8 +57,7 @@ std::size_t copies_in_flight(const Graph& graph);
 
 // Plans `graph` for `backend`. Nodes that neither update a state nor lead to a kept value are left
 // out. Throws Unsupported naming op, dtypes and backend when a kernel is missing.
-// `enough`: bytes of an arena that is there anyway.
 Plan make_plan(const Graph& graph, const Backend& backend, Layout layout = Layout::search,
-               std::int64_t enough = 0);
+               const PlaceHint& hint = {});
 
 }  // namespace nibble

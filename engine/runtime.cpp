@@ -11,7 +11,9 @@ namespace nibble {
 
 int Runtime::add(std::unique_ptr<Graph> graph) {
   Program program;
-  program.plan = make_plan(*graph, backend_, layout_, arena_bytes());
+  PlaceHint hint{arena_bytes()};
+  if (!programs_.empty()) hint.search = programs_.front().plan.search;
+  program.plan = make_plan(*graph, backend_, layout_, hint);
   for (std::int32_t id = 0; id < graph->size(); ++id) {
     const Node& n = graph->node(id);
     if (n.kind == NodeKind::op) continue;
