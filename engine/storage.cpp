@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <charconv>
 
 namespace nibble {
@@ -11,11 +12,13 @@ constexpr std::array<std::string_view, 4> kRungNames = {"store", "cheap", "atten
 
 constexpr std::string_view kOffload = ",offload:", kStream = ",stream:", kMlp = ",mlp:",
                            kLoss = ",loss:";
-constexpr std::array<std::pair<Offload, std::string_view>, 4> kOffloads = {
+constexpr std::array<std::pair<Offload, std::string_view>, 6> kOffloads = {
     {{Offload::inputs, "inputs"},
      {Offload::attention, "attention"},
      {Offload::inputs_gate, "inputs+gate"},
-     {Offload::gate, "gate"}}};
+     {Offload::gate, "gate"},
+     {Offload::inputs_gate_up, "inputs+gate+up"},
+     {Offload::up, "up"}}};
 
 std::string_view rung_name(Rung rung) { return kRungNames[static_cast<std::size_t>(rung)]; }
 
@@ -47,17 +50,8 @@ std::optional<std::string_view> take_suffix(std::string_view& text, std::string_
 }  // namespace
 
 Offload one_less(Offload offload) {
-  switch (offload) {
-    case Offload::gate:
-      return Offload::attention;
-    case Offload::attention:
-    case Offload::inputs_gate:
-      return Offload::inputs;
-    case Offload::inputs:
-    case Offload::none:
-      break;
-  }
-  return Offload::none;
+  return static_cast<Offload>(static_cast<unsigned>(offload) -
+                              std::bit_floor(static_cast<unsigned>(offload)));
 }
 
 std::string StoragePolicy::str() const {

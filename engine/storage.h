@@ -16,17 +16,24 @@ namespace nibble {
 enum class Activation : std::uint8_t {
   input = 1,      // of a block
   attention = 2,  // its outputs, so that it need not be repeated
-  gate = 4,       // the gate's outputs, of the MLP
+  gate = 4,       // the outputs of the MLP's gate
+  up = 8,         // and of its up projection
 };
-// Which of them do, as a set. Gates spare most work by the byte; attention's outputs are smaller.
+// Which of them do, as a set. What the MLP has spares most work by the byte; attention's outputs
+// are smaller.
 enum class Offload : std::uint8_t {
   none = 0,
   inputs = 1,
   attention = 3,
   inputs_gate = 5,
-  gate = 7
+  gate = 7,
+  inputs_gate_up = 13,
+  up = 15
 };
-// Without what was added last: a gate, or else attention's outputs, or else the inputs.
+inline bool has(Offload set, Activation what) {
+  return (static_cast<unsigned>(set) & static_cast<unsigned>(what)) != 0;
+}
+// Without the last of them in the order of Activation.
 Offload one_less(Offload offload);
 
 // How many streamed blocks ahead of the one in use are on their way, forward and backward.
@@ -47,17 +54,16 @@ struct StoragePolicy {
   Rung of(std::int64_t block) const { return block < split ? lean : rung; }
   bool offloads(std::int64_t block, Activation what) const {
     const bool all = offload_split == 0 || block < offload_split;
-    const auto set = static_cast<unsigned>(all ? offload : one_less(offload));
-    return (set & static_cast<unsigned>(what)) != 0;
+    return has(all ? offload : one_less(offload), what);
   }
   // The streamed blocks are spread evenly over all, and the copies over the step.
   bool streams(std::int64_t block, std::int64_t blocks) const {
     return (block + 1) * streamed / blocks > block * streamed / blocks;
   }
   // "store", or "cheap:12+store": the first 12 blocks stand on cheap, the rest on store; then
-  // ",offload:inputs", ":attention", ":inputs+gate" or ":gate" (all three), perhaps with ":12",
-  // then
-  // ",stream:12", then ",mlp:8192", then ",loss:512" may follow.
+  // ",offload:inputs", ":attention", ":inputs+gate", ":gate" (these three), ":inputs+gate+up" or
+  // ":up" (all), perhaps with ":12", then ",stream:12", then ",mlp:8192", then ",loss:512" may
+  // follow.
   std::string str() const;
   // None if the text is not what str() writes.
   static std::optional<StoragePolicy> parse(std::string_view text);

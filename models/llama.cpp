@@ -173,12 +173,13 @@ Tensor Llama::linear_layer(Graph& graph, Tensor x, std::int64_t block, int linea
 
 // What the feed-forward layer adds to x.
 Tensor Llama::mlp(Graph& graph, Tensor x, std::int64_t block, const LossInputs* inputs,
-                  const std::string& gate_name) const {
+                  const std::string& part) const {
   const Tensor n = rms_norm(x, weight(graph, block_name(block, "ffn_norm.weight")),
                             static_cast<float>(config_.rms_eps));
   const Tensor gate = linear_layer(graph, n, block, 4, inputs);
-  offload(graph, gate, Activation::gate, gate_name, block, inputs);
+  offload(graph, gate, Activation::gate, "gate" + part, block, inputs);
   const Tensor up = linear_layer(graph, n, block, 5, inputs);
+  offload(graph, up, Activation::up, "up" + part, block, inputs);
   return linear_layer(graph, swiglu(gate, up), block, 6, inputs);
 }
 
@@ -195,8 +196,8 @@ Tensor Llama::mlp_by_rows(Graph& graph, Tensor x, std::int64_t block,
     const std::int64_t count = end - first;
     LossInputs part = inputs;
     if (lora_ && lora_->dropout > 0) part.ordinal = slice_rows(inputs.ordinal, first, count);
-    parts.emplace_back(first, mlp(graph, slice_rows(x, first, count), block, &part,
-                                  "gate." + std::to_string(first)));
+    parts.emplace_back(
+        first, mlp(graph, slice_rows(x, first, count), block, &part, "." + std::to_string(first)));
   }
   for (const auto& [first, y] : parts) x = add_rows(x, y, first);
   return x;

@@ -58,7 +58,7 @@ class Llama final : public Model {
   static void offload(Graph& graph, Tensor x, Activation what, const std::string& name,
                       std::int64_t block, const LossInputs* inputs);
   Tensor mlp(Graph& graph, Tensor x, std::int64_t block, const LossInputs* inputs,
-             const std::string& gate_name) const;
+             const std::string& part) const;
   Tensor mlp_by_rows(Graph& graph, Tensor x, std::int64_t block, const LossInputs& inputs) const;
   template <class Attend>
   Tensor decoder_block(Graph& graph, Tensor x, Tensor positions, std::int64_t block,

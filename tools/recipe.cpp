@@ -86,8 +86,8 @@ void add_recipe_flags(CLI::App& command, Recipe& r, bool needs_data) {
           "--storage", r.storage,
           "store | cheap | attention | block: what the backward pass keeps and what it "
           "recomputes, or LEAN:N+RUNG for the first N blocks and the rest; behind it "
-          "\",offload:inputs\", \":attention\", \":inputs+gate\" or \":gate\": what waits in host "
-          "memory, "
+          "\",offload:inputs\", \":attention\", \":inputs+gate\", \":gate\", \":inputs+gate+up\" "
+          "or \":up\": what waits in host memory, "
           "\",stream:N\": blocks whose weights do, \",mlp:N\": rows that an MLP works on at a "
           "time, \",loss:N\": rows whose logits exist at a time; auto: the fastest that fits "
           "--memory")

@@ -35,8 +35,9 @@ inline void check_offload(const std::function<std::unique_ptr<Backend>()>& make_
       for (const char* text :
            {"store", "store,offload:inputs", "cheap,offload:attention",
             "block:1+cheap,offload:gate", "block,offload:inputs", "block,offload:gate",
-            "block,offload:inputs+gate", "attention,offload:inputs+gate:1",
-            "attention,offload:gate:1", "block,offload:inputs:1"}) {
+            "block,offload:inputs+gate", "attention,offload:inputs+gate:1", "block,offload:up",
+            "cheap,offload:inputs+gate+up:1", "attention,offload:gate:1",
+            "block,offload:inputs:1"}) {
         CAPTURE(text);
         Setup s(golden, method, compute, StoragePolicy::parse(text).value(), make_backend());
         const FitReport fit = s.trainer->fit();

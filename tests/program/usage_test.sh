@@ -92,6 +92,17 @@ SHAPE
   card=("$nibble" fit --model "random:$scratch/shape.json" --card rtx4090 --seq 2048 --batch 2 --steps 10)
   check "a card that is not there is planned for" grep -q "tokens/s predicted" <("${card[@]}" 2>/dev/null)
   check "what may not leave for the host stays" exits 0 "storage cheap:[0-9]*+store," "${card[@]}" --host-memory 100M
+  # Nothing that is asked for and fits may be much faster than what is chosen.
+  rate() { grep -o '"tokens_per_s":[0-9]*' | head -n 1 | cut -d: -f2; }
+  for cap in 8GiB 12GiB; do
+    chosen=$("${card[@]}" --memory $cap --host-memory 60GiB --json 2>/dev/null | rate)
+    for storage in block block,stream:8 attention,offload:attention,stream:16 block,offload:gate,stream:16 \
+        cheap,offload:inputs+gate+up,stream:24 cheap,offload:up cheap:16+store,offload:gate store,stream:32; do
+      forced=$("${card[@]}" --memory $cap --host-memory 60GiB --storage $storage --json 2>/dev/null |
+        grep '"fits":true' | rate)
+      check "$cap: $chosen tokens/s, ${forced:-none} with $storage" test $((100 * ${forced:-0})) -le $((103 * chosen))
+    done
+  done
 else
   echo "skipped: --card: libnibble-cuda is not built"
 fi

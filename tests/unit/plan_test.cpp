@@ -328,13 +328,26 @@ TEST_CASE("a storage policy is written and read") {
   CHECK(split.str() == "block:7+store");
   CHECK(split.of(6) == Rung::block);
   CHECK(split.of(7) == Rung::store);
-  for (const char* text :
-       {"store", "cheap", "block", "cheap:1+store", "block:12+cheap", "block:2+attention",
-        "block,offload:inputs", "store,stream:3", "cheap:3+store,offload:gate",
-        "block,offload:gate:5", "cheap,offload:inputs:2,stream:1",
-        "attention,offload:inputs,stream:12", "store,loss:512", "block,stream:2,loss:1024",
-        "block,offload:inputs+gate", "block:2+cheap,offload:inputs+gate:5,stream:3",
-        "store,mlp:512", "block,offload:inputs,mlp:8192,loss:512"}) {
+  for (const char* text : {"store",
+                           "cheap",
+                           "block",
+                           "cheap:1+store",
+                           "block:12+cheap",
+                           "block:2+attention",
+                           "block,offload:inputs",
+                           "store,stream:3",
+                           "cheap:3+store,offload:gate",
+                           "block,offload:gate:5",
+                           "cheap,offload:inputs:2,stream:1",
+                           "attention,offload:inputs,stream:12",
+                           "store,loss:512",
+                           "block,stream:2,loss:1024",
+                           "block,offload:inputs+gate",
+                           "block:2+cheap,offload:inputs+gate:5,stream:3",
+                           "cheap,offload:inputs+gate+up:7",
+                           "block,offload:up,mlp:512",
+                           "store,mlp:512",
+                           "block,offload:inputs,mlp:8192,loss:512"}) {
     const auto policy = StoragePolicy::parse(text);
     REQUIRE(policy);
     CHECK(policy->str() == text);
