@@ -13,6 +13,8 @@
 namespace nibble {
 namespace {
 
+constexpr double kSavedPerSecond = 1e9;  // bytes, on a common SSD
+
 // What the run may take on the device, and how much of that the device's own context is.
 struct Budget {
   std::int64_t bytes, context_bytes;
@@ -37,13 +39,19 @@ void predict_speed(FinetuneSetup& s) {
   fit.step_seconds = s.trainer->estimate_step(rates, s.work.average_span, s.work.rows_per_step);
   fit.tokens_per_s = s.work.tokens_per_step / fit.step_seconds;
   const auto steps = static_cast<double>(s.recipe.steps);
-  fit.hours = steps * fit.step_seconds / 3600;
+  double seconds = steps * fit.step_seconds;
   if (s.work.evaluated_rows > 0 && s.recipe.eval_every > 0) {
     const double evaluations = 1 + std::ceil(steps / static_cast<double>(s.recipe.eval_every));
-    fit.hours += evaluations *
-                 s.trainer->estimate_evaluation(rates, s.work.average_span, s.work.evaluated_rows) /
-                 3600;
+    seconds += evaluations *
+               s.trainer->estimate_evaluation(rates, s.work.average_span, s.work.evaluated_rows);
   }
+  if (s.recipe.save_every > 0) {
+    const double moments = s.recipe.optimizer == "adamw8bit" ? 2 : 8;  // bytes an element
+    const double saved = (4 + moments) * static_cast<double>(s.trainer->parameters().elements());
+    seconds +=
+        std::ceil(steps / static_cast<double>(s.recipe.save_every)) * saved / kSavedPerSecond;
+  }
+  fit.hours = seconds / 3600;
 }
 
 }  // namespace
