@@ -176,12 +176,12 @@ class Chooser {
   std::optional<Leaving> consider(Policy policy, const Way& way, double most) {
     if (best_.excess > 0) most = kAnySeconds;
     if (!search(policy, way, most)) return {};
-    for (int tries = 0; tries < 3 && offload_less(policy); ++tries) {
-      if (!search(policy, way, most)) return way.leaving;
+    for (int tries = 0; !pinned_fits(); ++tries) {
+      if (tries == 3 || !offload_less(policy) || !search(policy, way, most)) return way.leaving;
     }
     const double needed = seconds();
     const bool better = best_.excess > 0 ? excess_ < best_.excess : excess_ <= 0 && needed < most;
-    if (better && pinned_fits()) {
+    if (better) {
       best_.fastest = best_.excess > 0 ? needed : std::min(best_.fastest, needed);
       best_.policy = policy;
       best_.way = way;
@@ -270,10 +270,11 @@ class Chooser {
     if (!planned_) plan(policy);
     return true;
   }
-  // Where the host has no room for what every block may send, fewer blocks send it.
+  // The host has no room for what every block sends: fewer blocks send it. False where that does
+  // not help; then what was planned last is not this policy.
   bool offload_less(Policy& policy) {
     StoragePolicy& storage = policy.storage;
-    if (pinned_fits() || storage.offload == Offload::none) return false;
+    if (storage.offload == Offload::none) return false;
     if (storage.offload_split == 0) {
       offloaded_bytes_[storage.offload] = s_.trainer->runtime().page_bytes();
     }

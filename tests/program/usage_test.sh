@@ -92,6 +92,11 @@ SHAPE
   card=("$nibble" fit --model "random:$scratch/shape.json" --card rtx4090 --seq 2048 --batch 2 --steps 10)
   check "a card that is not there is planned for" grep -q "tokens/s predicted" <("${card[@]}" 2>/dev/null)
   check "what may not leave for the host stays" exits 0 "storage cheap:[0-9]*+store," "${card[@]}" --host-memory 100M
+  page_locked() { grep -o '"pinned_lines":{[^}]*}' | grep -o ':[0-9]\+' | tr -d : | awk '{ sum += $1 } END { printf "%.0f\n", sum }'; }
+  for host in 104857600 1572864000 4294967296; do
+    locked=$("${card[@]}" --memory 10GiB --host-memory $host --json 2>/dev/null | page_locked)
+    check "$locked bytes are page-locked of $host" test "$locked" -le $host
+  done
   # Nothing that is asked for and fits may be much faster than what is chosen.
   rate() { grep -o '"tokens_per_s":[0-9]*' | head -n 1 | cut -d: -f2; }
   for cap in 8GiB 12GiB; do
