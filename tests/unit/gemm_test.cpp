@@ -32,7 +32,7 @@ std::vector<Isa> isas() {
     if (is_supported(isa)) {
       found.push_back(isa);
     } else {
-      MESSAGE("skipped: this machine has no ", name(isa));
+      MESSAGE("skipped: this machine has no ", std::string(name(isa)));
     }
   }
   return found;
