@@ -28,8 +28,6 @@ double product_rate(const OpCall& call, const DeviceRates& rates, double span) {
   return rates.flops;
 }
 
-double elements(const TensorType& type) { return static_cast<double>(type.elements()); }
-
 // Logits are written, read and their gradients in turn, some rows at a time.
 double logit_bytes(const OpCall& call) {
   const bool weight_gradient = call.node->op == OpId::linear_cross_entropy_dw;
@@ -79,7 +77,8 @@ class Kernels {
     for (int i = 1; i < call.n_inputs; ++i) {
       const TensorType& type = call.in_types[static_cast<std::size_t>(i)];
       if (!is_plane(type.dtype) && !is_block(type.dtype)) continue;
-      const double stored = static_cast<double>(bytes(type)), dense = 2 * elements(type);
+      const double stored = static_cast<double>(bytes(type)),
+                   dense = 2 * static_cast<double>(type.elements());
       moved(stored + dense);
       cost.bytes += dense - stored;
     }

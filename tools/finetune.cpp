@@ -504,6 +504,11 @@ int refuse(const FinetuneSetup& s, const Recipe& asked, std::ostream& log) {
     log << "nibble: the run needs " << (chosen ? "at least " : "")
         << size_text(fit.total_bytes() + fit.context_bytes) << ", " << source << " "
         << size_text(fit.budget_bytes);
+    const std::int64_t host_room = fit.pinned_budget_bytes - fit.pinned_bytes();
+    if (chosen && fit.excess_bytes() > host_room) {
+      log << ", and of the host, which is full, --host-memory allows "
+          << size_text(fit.pinned_budget_bytes);
+    }
   }
   const std::vector<Alternative> instead = alternatives(asked, s.recipe, s.plans_only);
   log << (instead.empty() ? "; no --micro-batch, --rank or --seq makes it fit\n"
